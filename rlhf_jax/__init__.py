@@ -1,0 +1,3 @@
+"""RLHF in JAX: pure-functional networks, composable losses, sharded stages driven by experiment configs."""
+
+__version__ = "0.1.0"

