@@ -2,7 +2,7 @@
 
 import os
 
-# Read by JAX when it is imported (the platform) and when its backend starts (the devices), so both stand before the import.
+# JAX reads the platform when it is imported and the devices when its backend starts, so both stand before the import.
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()

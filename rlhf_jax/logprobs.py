@@ -1,0 +1,71 @@
+"""Log-probabilities of tokens. The shift between logits and tokens lives in `next_token_logps` and nowhere else.
+
+Shapes: *b any leading axes, t tokens, v vocabulary. Units: nats.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.masking import keep
+from rlhf_jax.numerics import as_float, require
+from rlhf_jax.types import ArrayLike, Scalar, typed
+
+
+@typed
+def token_logps(
+    logits: Float[ArrayLike, "*b v"], tokens: Int[ArrayLike, "*b"], *, temperature: Scalar = 1.0
+) -> Float[Array, "*b"]:
+    """The log-probability log softmax(logits / temperature)[token], for logits that stand beside their token.
+
+    Raises ValueError if temperature ≤ 0. Token ids are not checked: one outside [0, v) gives NaN.
+
+    >>> token_logps(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([1]))
+    Array([-0.2877], dtype=float32)
+    """
+    require("temperature", temperature, "(0, inf)")
+    chosen = jnp.take_along_axis(jnp.asarray(logits), jnp.asarray(tokens)[..., None], axis=-1)[..., 0]
+    return as_float(chosen) / temperature - jax.nn.logsumexp(as_float(logits) / temperature, axis=-1)
+
+
+@typed
+def next_token_logps(
+    logits: Float[ArrayLike, "*b t v"], tokens: Int[ArrayLike, "*b t"], *, temperature: Scalar = 1.0
+) -> Float[Array, "*b t"]:
+    """Entry t is log p(tokens[t] | tokens[<t]), read from logits[t − 1]; entry 0, which nothing predicts, is 0.
+
+    The logits at the last position score a token that is not there and are not read. Raises as `token_logps`.
+
+    >>> next_token_logps(jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]])), jnp.array([0, 1])).round(4)
+    Array([ 0.    , -0.2877], dtype=float32)
+    """
+    logps = token_logps(logits[..., :-1, :], tokens[..., 1:], temperature=temperature)
+    return jnp.concatenate([jnp.zeros_like(logps, shape=(*tokens.shape[:-1], 1)), logps], axis=-1)
+
+
+@typed
+def entropy(logits: Float[ArrayLike, "*b v"], *, temperature: Scalar = 1.0) -> Float[Array, "*b"]:
+    """−Σ p log p of p = softmax(logits / temperature): in [0, log v], never negative; logits of −inf count for nothing.
+
+    Raises ValueError if temperature ≤ 0.
+
+    >>> entropy(jnp.zeros((1, 4)))
+    Array([1.3863], dtype=float32)
+    """
+    require("temperature", temperature, "(0, inf)")
+    logits = as_float(logits) / temperature
+    below_max = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(below_max)
+    total = weights.sum(-1)
+    # Both terms are ≥ 0, so no rounding can make the sum negative: log total ≥ log 1, and below_max ≤ 0.
+    return jnp.log(total) - jnp.sum(weights * jnp.where(weights > 0, below_max, 0), axis=-1) / total
+
+
+@typed
+def sequence_logps(logps: Float[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"]) -> Float[Array, "*b"]:
+    """The log-probability of each sequence, Σ_t logps over the tokens that the mask keeps; 0 if it keeps none.
+
+    >>> sequence_logps(jnp.array([-1.0, -2.0, -9.0]), jnp.array([True, True, False]))
+    Array(-3., dtype=float32)
+    """
+    return keep(logps, mask).sum(-1)
