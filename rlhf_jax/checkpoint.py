@@ -1,0 +1,92 @@
+"""Checkpoints with Orbax: the whole state of a stage, its data cursor included, and nothing else."""
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Params
+
+_FREE_SPACE_FACTOR = 2  # a checkpoint is written beside the one that it replaces
+
+
+class Checkpoints:
+    """The checkpoints of one stage, in `folder`/<step>/; each becomes visible only when it is whole."""
+
+    def __init__(self, folder: Path, *, keep: int = 1) -> None:
+        """Open the folder, making it where it is missing; what a killed save left half-written is removed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, cursor: dict[str, Any]) -> None:
+        """Write a pytree of arrays and a JSON-able cursor; raises UserError where the disk has no room, keeping the last."""
+        if step == self.latest_step():
+            return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(_key_data(state)))
+        free = shutil.disk_usage(self.folder).free
+        if free < size * _FREE_SPACE_FACTOR:
+            raise UserError(_no_space(self.folder, step, size, free))
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(_key_data(state)), cursor=ocp.args.JsonSave(cursor))
+            )
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(_no_space(self.folder, step, size, free)) from None
+            raise
+
+    def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint (or that of `step`) in the shapes, types and shardings of `state`, and its cursor."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _key_data(state))
+        step = self.latest_step() if step is None else step
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), cursor=ocp.args.JsonRestore())
+        )
+        return _wrap_keys(restored["state"], state), restored["cursor"]
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.close()
+
+
+def save_params(folder: Path, params: Params) -> None:
+    """Write the parameters of a finished stage, replacing any that are there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.resolve(), params, force=True)
+
+
+def load_params(folder: Path, target: Params) -> Params:
+    """Read parameters in the shapes, types and shardings of `target` (arrays or ShapeDtypeStructs)."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.resolve(), target)
+
+
+def _no_space(folder: Path, step: int, size: int, free: int) -> str:
+    return (
+        f"no disk space for the checkpoint of step {step} in {folder}: it needs {size * _FREE_SPACE_FACTOR / 1e6:.0f} MB, "
+        f"{free / 1e6:.0f} MB are free; the previous checkpoint is kept, free some space and repeat the command"
+    )
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _wrap_keys(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda x, y: jax.random.wrap_key_data(x) if _is_key(y) else x, tree, like)

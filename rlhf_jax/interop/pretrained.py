@@ -1,0 +1,110 @@
+"""A model that is ready to use: its description, parameters and tokenizer; and the two ways to say which in a config."""
+
+import functools
+import importlib.resources
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import models, sharding
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.interop.tokenizers import SentencePiece, Tokenizer, train_sentencepiece
+from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.types import Params
+
+TOKENIZER_FILE = "tokenizer.model"
+PARAMS_FILE = "params.msgpack"
+CARD_FILE = "card.json"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What `load_pretrained` returns; the tokenizer is None where the files hold none."""
+
+    spec: ModelSpec
+    params: Params
+    tokenizer: Tokenizer | None
+
+
+class ModelConfig(Protocol):
+    """How an experiment says where its model comes from: `spec` needs no file but the model's own description."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape and numerics."""
+        ...
+
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
+        """Parameters and tokenizer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """The base LM in the package: 3.4M parameters, trained on movie reviews by configs/pretrain_reviews.py."""
+
+    unroll: int | None = None
+    """Overrides how far the loop over layers is unrolled; None: completely, which runs fastest."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Read from the package's model card."""
+        spec = ModelSpec(**_bundled_card()["spec"])
+        return ModelSpec(**{**asdict(spec), "unroll": self.unroll or spec.n_layers})
+
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
+        """Parameters in float32 (stored in bfloat16) and the tokenizer that comes with them."""
+        folder = importlib.resources.files("rlhf_jax") / "bundled"
+        return Pretrained(self.spec, *_read_bundle(folder))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A model with random parameters, and a tokenizer trained on the experiment's data."""
+
+    architecture: ModelSpec = field(default_factory=ModelSpec)
+    """Shape and numerics; its vocab_size is also the tokenizer's."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture, as given."""
+        return self.architecture
+
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
+        """Initialise from the seed; the tokenizer is trained once and kept in the workdir."""
+        path = workdir / TOKENIZER_FILE
+        if path.exists():
+            tokenizer = SentencePiece.from_file(path)
+        else:
+            texts = (review.text for review in data.load().train)
+            tokenizer = train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed)
+            partial = path.with_suffix(".part")
+            partial.write_bytes(tokenizer.model)
+            partial.replace(path)
+        return Pretrained(self.spec, sharding.unbox(models.init(self.spec, jax.random.key(seed))), tokenizer)
+
+
+def write_bundle(folder: Path, params: Params, tokenizer: SentencePiece, card: dict[str, Any]) -> None:
+    """Write a model as `Bundled` reads it: parameters in bfloat16, tokenizer, and a card that holds its `spec`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), params)
+    (folder / PARAMS_FILE).write_bytes(flax.serialization.msgpack_serialize(half))
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_bundle(folder: Any) -> tuple[Params, SentencePiece]:
+    stored = flax.serialization.msgpack_restore((folder / PARAMS_FILE).read_bytes())
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), stored)
+    return params, SentencePiece((folder / TOKENIZER_FILE).read_bytes())
+
+
+@functools.cache
+def _bundled_card() -> dict[str, Any]:
+    return json.loads((importlib.resources.files("rlhf_jax") / "bundled" / CARD_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,94 @@
+"""Tokenizers: what the stages need of one, and SentencePiece."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from rlhf_jax.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; pad and EOS are different tokens."""
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids; special tokens are dropped."""
+        ...
+
+    def starts_word(self, token: int) -> bool:
+        """Whether a token begins with a space: a text may be cut before it without splitting a word."""
+        ...
+
+
+class SentencePiece:
+    """A SentencePiece model (Kudo and Richardson 2018)."""
+
+    def __init__(self, model: bytes) -> None:
+        """`model` holds the bytes of a trained `.model` file."""
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.model = model
+        self.vocab_size = self._processor.vocab_size()
+        self.pad_id = self._processor.pad_id()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self._special = {self.pad_id, self.bos_id, self.eos_id}
+
+    @classmethod
+    def from_file(cls, path: Path) -> "SentencePiece":
+        """Read a `.model` file."""
+        try:
+            return cls(Path(path).read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: no readable SentencePiece model ({error})") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._processor.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids; special tokens are dropped."""
+        return self._processor.decode([int(t) for t in tokens if int(t) not in self._special])
+
+    def starts_word(self, token: int) -> bool:
+        """Whether a token begins with a space."""
+        return self._processor.id_to_piece(int(token)).startswith("\u2581")
+
+
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, seed: int = 0) -> SentencePiece:
+    """Train a lossless BPE tokenizer with byte fallback: pad 0, unk 1, bos 2, eos 3.
+
+    No normalisation and no dummy prefix, so that `decode(encode(x)) == x` and a completion is encoded as it stands
+    after its prompt.
+    """
+    sentencepiece.set_random_generator_seed(seed)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.9995,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        max_sentence_length=20_000,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return SentencePiece(model.getvalue())

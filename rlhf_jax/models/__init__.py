@@ -1,0 +1,19 @@
+"""Networks as pure functions of (spec, params, tokens, ...)."""
+
+from rlhf_jax.models.heads import init_with_head, score, values
+from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.models.transformer import Cache, extend, hidden, init, init_cache, logits, unembed
+
+__all__ = [
+    "Cache",
+    "ModelSpec",
+    "extend",
+    "hidden",
+    "init",
+    "init_cache",
+    "init_with_head",
+    "logits",
+    "score",
+    "unembed",
+    "values",
+]

@@ -1,0 +1,60 @@
+"""Scalar heads on the transformer: a reward model reads its last token, a critic every token.
+
+Parameters: {"trunk": a transformer's, without an untied output head, "head": {"kernel" [d], "bias" []}}.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.masking import last_index
+from rlhf_jax.models import transformer
+from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.types import Key, Params
+
+
+def init_with_head(spec: ModelSpec, key: Key, trunk: Params | None = None) -> Params:
+    """Boxed parameters with a fresh head, N(0, 1/√(d+1)) (Stiennon et al. 2020), on a given trunk or a random one."""
+    trunk_key, head_key = jax.random.split(key)
+    boxed = transformer.init(spec, trunk_key)
+    boxed.pop("unembedding", None)
+    if trunk is not None:
+        boxed = box({name: trunk[name] for name in boxed}, boxed)
+    kernel = jax.random.normal(head_key, (spec.d_model,)) * (spec.d_model + 1) ** -0.5
+    return {
+        "trunk": boxed,
+        "head": {"kernel": nn.LogicallyPartitioned(kernel, ("embed",)), "bias": jnp.zeros(())},
+    }
+
+
+def box(params: Params, boxes: Params) -> Params:
+    """Put plain parameters into the boxes, with logical axis names, of a tree made by `init`."""
+    return jax.tree.map(
+        lambda empty, value: empty.replace_boxed(value) if _is_box(empty) else value, boxes, params, is_leaf=_is_box
+    )
+
+
+def score(
+    spec: ModelSpec, params: Params, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]
+) -> Float[Array, " b"]:
+    """One score a sequence, read at its last kept token; float32, for any padding."""
+    states = transformer.hidden(spec, params["trunk"], tokens, mask)
+    last = jnp.maximum(last_index(mask), 0)
+    return _head(params, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
+
+
+def values(
+    spec: ModelSpec, params: Params, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """V before each token: entry t is the head's output at t − 1, entry 0 is 0; float32."""
+    outputs = _head(params, transformer.hidden(spec, params["trunk"], tokens, mask))
+    return jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)))
+
+
+def _head(params: Params, states: Array) -> Array:
+    return states.astype(jnp.float32) @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def _is_box(x: object) -> bool:
+    return isinstance(x, nn.meta.AxisMetadata)

@@ -1,0 +1,98 @@
+"""Optimisers and schedules, as fields of a stage's config."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+# Which axes of a stacked [layer, ...] parameter are the rows and columns of its matrix; all else is AdamW's.
+_MATRICES = {
+    "query": MuonDimensionNumbers(1, (2, 3)),
+    "key": MuonDimensionNumbers(1, (2, 3)),
+    "value": MuonDimensionNumbers(1, (2, 3)),
+    "out": MuonDimensionNumbers((1, 2), 3),
+    "gate": MuonDimensionNumbers(1, 2),
+    "up": MuonDimensionNumbers(1, 2),
+    "down": MuonDimensionNumbers(1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW or Muon with global-norm clipping, linear warm-up and a decay."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon on the blocks' matrices (Jordan 2024) with adamw on embeddings, norms and heads."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from the peak to `final_share` of it over the stage."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    final_share: float = 0.0
+    """Share of the peak learning rate that is left at the last step."""
+    b1: float = 0.9
+    """Decay of Adam's first moment."""
+    b2: float = 0.95
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, times the learning rate."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    adam_share: float = 1.0
+    """With muon: AdamW's learning rate as a share of `learning_rate`."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"optimizer.clip_norm must be > 0, got {self.clip_norm}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
+
+    def share(self, total_steps: int) -> optax.Schedule:
+        """The schedule, as a share of the peak."""
+        decay_steps = max(total_steps - self.warmup_steps, 1)
+        decay = {
+            "constant": optax.constant_schedule(1.0),
+            "linear": optax.linear_schedule(1.0, self.final_share, decay_steps),
+            "cosine": optax.cosine_decay_schedule(1.0, decay_steps, alpha=self.final_share),
+        }[self.schedule]
+        if not self.warmup_steps:
+            return decay
+        warmup = optax.linear_schedule(1 / (self.warmup_steps + 1), 1.0, self.warmup_steps)
+        return optax.join_schedules([warmup, decay], [self.warmup_steps])
+
+    def make(self, total_steps: int) -> optax.GradientTransformation:
+        """The transformation; its learning rate is a hyperparameter in its state, so that a sweep may map over it."""
+
+        def build(learning_rate: Any) -> optax.GradientTransformation:
+            if self.kind == "muon":
+                core = muon(
+                    learning_rate,
+                    weight_decay=self.weight_decay,
+                    adam_b1=self.b1,
+                    adam_b2=self.b2,
+                    adam_weight_decay=0.0,
+                    adam_learning_rate=learning_rate * self.adam_share,
+                    muon_weight_dimension_numbers=_matrix_axes,
+                )
+            else:
+                core = optax.adamw(learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay)
+            return optax.chain(
+                optax.clip_by_global_norm(self.clip_norm), core, optax.scale_by_schedule(self.share(total_steps))
+            )
+
+        return optax.inject_hyperparams(build)(learning_rate=self.learning_rate)
+
+
+def _matrix_axes(params: Any) -> Any:
+    def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return _MATRICES.get(names[-1]) if "layers" in names else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -1,0 +1,131 @@
+"""The device mesh and the one table of rules: which mesh axes carry which logical axis. Nothing else names PartitionSpec."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Batch
+
+# Parameters are split along "embed" by FSDP and along heads, hidden units and vocabulary by tensor parallelism.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Axes of the device mesh; the product of their sizes is the number of devices."""
+
+    data: int = -1
+    """Data parallelism: copies of the parameters; -1 fills with the devices that the other axes leave."""
+    fsdp: int = 1
+    """Fully sharded data parallelism: the batch and the parameters are split."""
+    tensor: int = 1
+    """Tensor parallelism: heads, hidden units and vocabulary are split."""
+
+    def __post_init__(self) -> None:
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{name} must be at least 1, or -1 to fill, got {size}")
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError("mesh: only one axis may be -1")
+
+    @property
+    def fixed_devices(self) -> int:
+        """Devices asked for by the axes that are not -1."""
+        return math.prod(size for size in self._sizes() if size != -1)
+
+    def resolve(self, devices: int) -> dict[str, int]:
+        """Size of each axis on so many devices."""
+        sizes = self._sizes()
+        if -1 not in sizes and self.fixed_devices != devices:
+            raise UserError(f"mesh asks for {self.fixed_devices} devices, {devices} found; set one axis to -1 to fill")
+        if devices % self.fixed_devices:
+            raise UserError(f"mesh asks for a multiple of {self.fixed_devices} devices, {devices} found")
+        fill = devices // self.fixed_devices
+        return {field.name: fill if size == -1 else size for field, size in zip(fields(self), sizes, strict=True)}
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.data, self.fsdp, self.tensor
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices; its axes are Auto, as flax.linen wants them."""
+    sizes = config.resolve(jax.device_count())
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_shards(sizes: dict[str, int]) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return sizes["data"] * sizes["fsdp"]
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh) -> Iterator[None]:
+    """Where programs are traced: `constrain` finds the mesh and the rules here."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Hold an activation to the table's layout; outside `scope` it does nothing."""
+    return nn.with_logical_constraint(x, axes)
+
+
+def unbox(tree: Any) -> Any:
+    """Take the boxes with logical axis names off a tree of parameters."""
+    return nn.meta.unbox(tree)
+
+
+def shardings(mesh: Mesh, boxed: Any) -> Any:
+    """NamedShardings, without boxes, for a tree of (abstract) arrays, boxed with logical names where they have any.
+
+    Raises UserError where an axis does not divide by its mesh axes.
+    """
+
+    def place(path: tuple, leaf: Any) -> Any:
+        boxed = isinstance(leaf, nn.meta.AxisMetadata)
+        value = leaf.unbox() if boxed else leaf
+        if not jax.tree.leaves(value):  # optax masks a parameter by an empty node inside its box
+            return value
+        spec = nn.logical_to_mesh_axes(leaf.names, RULES) if boxed else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+        try:
+            sharding.shard_shape(value.shape)
+        except ValueError:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"mesh {dict(mesh.shape)}: {name} of shape {value.shape} does not divide by {spec}") from None
+        return sharding
+
+    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis is split over the batch axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Put a host batch on the devices, its rows split over them."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)

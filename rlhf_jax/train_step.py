@@ -1,0 +1,98 @@
+"""One optimiser step: gradients of a loss, accumulated over microbatches, clipped and applied."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.types import Batch, Hyper, Key, LossFn, Mean, Metrics, Params, TrainState
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Build (state, batch) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict of them.
+
+    The batch's rows are split into `num_microbatches`; totals and counts add up before the one division, so the result
+    does not depend on the split. Metrics hold the loss, the loss's own metrics, and `grad_norm` before clipping.
+    """
+
+    def total(params: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[jax.Array, tuple[Mean, dict[str, Mean]]]:
+        loss, metrics = loss_fn(params, batch, hyper, key)
+        return loss.total, (loss, metrics)
+
+    gradient = jax.grad(total, has_aux=True)
+
+    def accumulate(state: TrainState, batch: Batch) -> tuple[Params, Mean, dict[str, Mean]]:
+        key = state.step_key()
+        if num_microbatches == 1:
+            grads, (loss, metrics) = gradient(state.params, batch, state.hyper, key)
+            return grads, loss, metrics
+        # Strided, not blocked: each device's rows are spread over all microbatches.
+        parts = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            microbatch, index = part
+            grads, (loss, metrics) = gradient(state.params, microbatch, state.hyper, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, carry, (grads, loss, metrics)), None
+
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), state.hyper, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
+        (grads, loss, metrics), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(num_microbatches)))
+        return grads, loss, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, loss, means = accumulate(state, batch)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1), grads)
+        opt_state = with_learning_rate(state.opt_state, state.hyper)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss.value, **{name: mean.value for name, mean in means.items()}}
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def with_learning_rate(opt_state: Any, hyper: Hyper) -> Any:
+    """Hand `hyper["learning_rate"]` to an `optax.inject_hyperparams` state."""
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": hyper["learning_rate"]})
+
+
+def create_state(
+    boxed_params: Params, optimizer: optax.GradientTransformation, hyper: dict[str, float], key: Key
+) -> TrainState:
+    """A fresh state; moments carry the same logical axis names as the parameters that are boxed with them."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=boxed_params,
+        opt_state=optimizer.init(boxed_params),
+        hyper={name: jnp.asarray(value, jnp.float32) for name, value in hyper.items()},
+        key=key,
+    )
+
+
+def sharded_state(
+    mesh: Mesh,
+    boxed_params: Callable[[Any], Params],
+    source: Any,
+    optimizer: optax.GradientTransformation,
+    hyper: dict[str, float],
+    key: Key,
+) -> TrainState:
+    """A fresh state made straight into its shards, the optimiser's moments split like their parameters.
+
+    `boxed_params(source)` returns parameters boxed with their logical axis names; `source` is what it makes them from:
+    a key, or parameters that were loaded.
+    """
+
+    def make(source: Any, key: Key) -> TrainState:
+        return create_state(boxed_params(source), optimizer, hyper, key)
+
+    layout = sharding.shardings(mesh, jax.eval_shape(make, source, key))
+    with sharding.scope(mesh):
+        return jax.jit(lambda *args: sharding.unbox(make(*args)), out_shardings=layout)(source, key)
