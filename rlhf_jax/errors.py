@@ -1,13 +1,21 @@
-"""Errors of the user's making: one line that names the field, the file or the row, and what would be right."""
+"""Errors that a user can mend: one line each, and the exit code that the command line answers with."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints its one line and exits with `exit_code`."""
+    """A wrong field, file or row; the message names it and says what would be right."""
 
     exit_code = 2
 
 
 class NonFiniteError(UserError):
-    """A reward, loss or gradient became NaN or infinite; the last good checkpoint is kept."""
+    """Training met a NaN or an infinity; the last good checkpoint is kept."""
 
     exit_code = 3
+
+
+class Stopped(UserError):
+    """A signal ended the run after it had saved; the same command goes on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
