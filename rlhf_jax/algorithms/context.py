@@ -1,0 +1,113 @@
+"""What a stage is given: the experiment's model, data, mesh, seed and workdir, and the parameters of earlier stages."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import models, sharding
+from rlhf_jax.checkpoint import load_params
+from rlhf_jax.data.reviews import MovieReviews, Reviews
+from rlhf_jax.interop.pretrained import Pretrained
+from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.types import Key, Params
+
+BASE = "base"
+"""Names the experiment's own model where a field names a stage."""
+
+
+class StageConfig(Protocol):
+    """What validation asks of every stage's `Config`, before anything is compiled."""
+
+    def requires(self) -> dict[str, str]:
+        """The earlier stage that each field names, BASE left out."""
+        ...
+
+    def lengths(self) -> dict[str, int]:
+        """The tokens that each field, or sum of fields, asks of the model's context."""
+        ...
+
+    def batch_sizes(self) -> dict[str, int]:
+        """The rows, by field, that must divide by the mesh's batch axes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """The surroundings of a run's stages."""
+
+    workdir: Path
+    seed: int
+    mesh: Mesh
+    model: Pretrained
+    data: MovieReviews
+    wandb: bool = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape and numerics."""
+        return self.model.spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        assert self.model.tokenizer is not None
+        return self.model.tokenizer
+
+    @functools.cached_property
+    def reviews(self) -> Reviews:
+        """The data's splits, read once."""
+        return self.data.load()
+
+    def stage_dir(self, name: str) -> Path:
+        """Where a stage keeps its files."""
+        return self.workdir / name
+
+    def key(self, name: str) -> Key:
+        """A stage's own random key."""
+        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
+
+    def rng(self, name: str) -> np.random.Generator:
+        """A stage's own generator for what is drawn on the host."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+    def policy_params(self, source: str) -> Params:
+        """The transformer of a finished stage, or the model's own (BASE), in shards."""
+        return self._params(source, lambda: models.init(self.spec, jax.random.key(0)))
+
+    def head_params(self, source: str) -> Params:
+        """The trunk and head of a finished reward model, in shards."""
+        return self._params(source, lambda: models.init_with_head(self.spec, jax.random.key(0)))
+
+    def _params(self, source: str, init: Callable[[], Any]) -> Params:
+        boxed = jax.eval_shape(init)
+        layout = sharding.shardings(self.mesh, boxed)
+        if source == BASE:
+            return jax.device_put(self.model.params, layout)
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            sharding.unbox(boxed),
+            layout,
+        )
+        return load_params(self.stage_dir(source) / "params", target)
+
+
+def named_stage(**fields: str) -> dict[str, str]:
+    """The fields that name a stage, without those that name BASE."""
+    return {field: stage for field, stage in fields.items() if stage != BASE}
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError, naming the field, for one of a dataclass's fields that is not at least 1."""
+    values = dataclasses.asdict(config)
+    for name in names:
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}")

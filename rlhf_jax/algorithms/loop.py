@@ -1,0 +1,144 @@
+"""What every stage's loop shares: resuming, logging, checkpoints, signals, a stop at what is not finite."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+
+from rlhf_jax import checkpoint
+from rlhf_jax.algorithms.context import Context
+from rlhf_jax.errors import NonFiniteError, Stopped
+from rlhf_jax.metrics import MetricsWriter, Progress
+from rlhf_jax.types import Metrics, Params
+
+
+class Cursor(Protocol):
+    """Where the data stands: a grain iterator, or anything with its two methods."""
+
+    def get_state(self) -> dict[str, Any]:
+        """A JSON-able position."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        ...
+
+
+class Loop:
+    """The steps of one stage, from its newest checkpoint on.
+
+        with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
+            state = loop.restore(state, batches)
+            for step in loop:
+                state, metrics = train_step(state, next(batches))
+                loop.record(state, metrics, tokens=...)
+
+    Metrics are read one step late, so that the host prepares a step while the device computes the one before it.
+    After SIGINT or SIGTERM the current step ends, a checkpoint is written, and `record` raises `Stopped`.
+    """
+
+    def __init__(self, context: Context, name: str, *, steps: int, checkpoint_every: int) -> None:
+        self.name, self.steps = name, steps
+        self._context, self._every = context, checkpoint_every
+        self._checkpoints = checkpoint.Checkpoints(context.stage_dir(name) / "checkpoints")
+        self._first = self._checkpoints.latest_step() or 0
+        self._step = self._first
+        self._cursor: Cursor | None = None
+        self._pending: tuple[int, Metrics, float] | None = None
+        self._signal: int | None = None
+        self._clock = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._writer = MetricsWriter(
+            self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
+        )
+        self._progress = Progress(self.name, self.steps, start=self._first).__enter__()
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._progress.__exit__(kind, error, trace)
+        self._writer.close()
+        self._checkpoints.close()
+
+    def restore(self, state: Any, cursor: Cursor) -> Any:
+        """The newest checkpoint's state, with the cursor set to where it stood; `state` itself where there is none."""
+        self._cursor = cursor
+        if self._first == 0:
+            return state
+        state, position = self._checkpoints.restore(state)
+        cursor.set_state(position)
+        self.note(f"{self.name}: goes on from step {self._first}")
+        return state
+
+    def __iter__(self) -> Iterator[int]:
+        self._clock = time.monotonic()
+        while self._step < self.steps:
+            self._step += 1
+            yield self._step
+        self._flush()
+
+    def record(self, state: Any, metrics: Metrics, *, tokens: int) -> None:
+        """End a step: log the one before it, and save where a checkpoint is due.
+
+        Raises NonFiniteError, before anything is saved, where a metric is not finite, and Stopped after a signal.
+        """
+        self._flush()
+        self._pending = (self._step, metrics, tokens)
+        last = self._step == self.steps
+        if last or self._step % self._every == 0 or self._signal is not None:
+            self._flush()
+            assert self._cursor is not None
+            self._checkpoints.save(self._step, state, self._cursor.get_state())
+        if self._signal is not None and not last:
+            raise Stopped(
+                f"{self.name}: stopped after step {self._step} of {self.steps}, saved; the same command goes on",
+                self._signal,
+            )
+
+    def stop(self, what: str) -> NonFiniteError:
+        """The error for something that is not finite in the current step."""
+        good = self._checkpoints.latest_step()
+        kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
+        return NonFiniteError(f"{self.name}: step {self._step}: {what}; {kept}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._progress.note(text)
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics, tokens = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self.stop(f"{name} of step {step} is {value}")
+        now = time.monotonic()
+        values["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+        self._clock = now
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._signal is not None:  # asked twice: at once, losing the current step alone
+            raise KeyboardInterrupt
+        self._signal = number
+        self.note(f"{self.name}: stopping after this step (again to stop at once)")
+
+
+def finish(context: Context, name: str, params: Params) -> None:
+    """Write a finished stage's parameters to `<stage>/params`, where later stages and other tools read them."""
+    checkpoint.save_params(context.stage_dir(name) / "params", params)

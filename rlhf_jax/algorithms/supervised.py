@@ -1,0 +1,131 @@
+"""Training a language model on packed rows, for the stages that do: next-token loss, held-out loss, the loop."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import grain
+import jax
+from jaxtyping import Array
+
+from rlhf_jax import losses, models, sharding
+from rlhf_jax.algorithms.context import Context, check_positive
+from rlhf_jax.algorithms.loop import Loop, finish
+from rlhf_jax.data.pipeline import PackedBatch
+from rlhf_jax.logprobs import next_token_logps
+from rlhf_jax.masking import token_mean
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.models.heads import box
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.train_step import make_train_step, sharded_state
+from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Fields of every stage that trains a language model on text."""
+
+    steps: int = 200
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Rows a step."""
+    row_length: int = 128
+    """Tokens in a row; several texts are packed into one."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """How the gradient becomes a step."""
+    num_microbatches: int = 1
+    """Parts that a batch's gradient is accumulated over, to save memory."""
+    heldout_rows: int = 128
+    """Packed rows of held-out text behind each held-out loss."""
+    evaluate_every: int = 100
+    """Steps between held-out losses; the last step has one too."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "num_microbatches", "heldout_rows", "evaluate_every", "checkpoint_every")
+        check_positive(self, "row_length", *names)
+        if self.batch_size % self.num_microbatches:
+            raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
+        if self.heldout_rows % self.batch_size:
+            raise ValueError(f"heldout_rows={self.heldout_rows} must divide by batch_size={self.batch_size}")
+
+    def requires(self) -> dict[str, str]:
+        """Nothing but the experiment's model."""
+        return {}
+
+    def lengths(self) -> dict[str, int]:
+        """A row."""
+        return {"row_length": self.row_length}
+
+    def batch_sizes(self) -> dict[str, int]:
+        """A microbatch of a step."""
+        return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+
+
+def language_model_loss(spec: ModelSpec) -> LossFn:
+    """(params, PackedBatch, hyper, key) -> cross-entropy a counted token, in nats."""
+
+    def loss_fn(params: Params, batch: PackedBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
+        del hyper, key
+        mask = batch.segment_ids > 0
+        states = models.hidden(spec, params, batch.tokens, mask, segment_ids=batch.segment_ids)
+        logps = next_token_logps(models.unembed(spec, params, states), batch.tokens)
+        loss, _ = losses.cross_entropy(logps)
+        return token_mean(loss, batch.loss_mask), {}
+
+    return loss_fn
+
+
+def fit(
+    config: SupervisedConfig,
+    context: Context,
+    name: str,
+    start: Params,
+    batches: grain.DatasetIterator,
+    heldout: Iterator[PackedBatch],
+) -> tuple[Params, dict[str, float]]:
+    """Train `start` on the batches; returns the final parameters and the stage's figures, its files written.
+
+    `heldout` gives batches too; as many as make up `heldout_rows` are taken.
+    """
+    spec, mesh, optimizer = context.spec, context.mesh, config.optimizer.make(config.steps)
+    boxes = jax.eval_shape(partial(models.init, spec), jax.random.key(0))
+    hyper = {"learning_rate": config.optimizer.learning_rate}
+    state = sharded_state(mesh, lambda params: box(params, boxes), start, optimizer, hyper, context.key(name))
+    loss_fn = language_model_loss(spec)
+    step_fn = jax.jit(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), donate_argnums=0)
+    some = itertools.islice(heldout, config.heldout_rows // config.batch_size)
+    heldout_loss = _heldout_loss(loss_fn, [sharding.shard_batch(mesh, batch) for batch in some])
+    share = config.optimizer.share(config.steps)
+
+    with (
+        Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop,
+        sharding.scope(mesh),
+    ):
+        state = loop.restore(state, batches)
+        for step in loop:
+            batch = next(batches)
+            state, metrics = step_fn(state, sharding.shard_batch(mesh, batch))
+            metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                metrics["heldout_loss"] = heldout_loss(state.params)
+            loop.record(state, metrics, tokens=batch.loss_mask.sum())
+        figures = {"heldout_loss": float(heldout_loss(state.params)), "steps": config.steps}
+    finish(context, name, state.params)
+    return state.params, figures
+
+
+def _heldout_loss(loss_fn: LossFn, batches: list[PackedBatch]) -> Callable[[Params], Array]:
+    @jax.jit
+    def one(params: Params, batch: PackedBatch) -> Mean:
+        return loss_fn(params, batch, {}, jax.random.key(0))[0]
+
+    def mean(params: Params) -> Array:
+        total = one(params, batches[0])
+        for batch in batches[1:]:
+            total += one(params, batch)
+        return total.value
+
+    return mean

@@ -1,0 +1,1 @@
+"""Text and human labels: sources, formats and grain pipelines."""
