@@ -1,0 +1,77 @@
+"""Sampling completions in one program: the prompts at once, then a token at a time until all rows have ended.
+
+Shapes: b batch, p prompt tokens (left-padded), n new tokens, v vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import models
+from rlhf_jax.logprobs import token_logps
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.sampling.transforms import Sampling, transform_logits
+from rlhf_jax.sharding import constrain
+from rlhf_jax.types import Key, Params, Rollout
+
+
+def generate(
+    spec: ModelSpec,
+    params: Params,
+    prompts: Int[Array, "b p"],
+    prompt_mask: Bool[Array, "b p"],
+    key: Key,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int,
+    pad_id: int,
+) -> Rollout:
+    """Sample a completion for each left-padded prompt: tokens, masks and the sampled tokens' log-probs.
+
+    A row ends with EOS, which its completion includes, or after `max_new_tokens`. `logps` hold the temperature, but not
+    top-k and top-p. What a row draws depends on the key, its index and the position alone, not on the other rows.
+    """
+    b, p = prompts.shape
+    length = p + max_new_tokens
+    cache = _constrained(models.init_cache(spec, b, length))
+    states, cache = models.extend(spec, params, prompts, prompt_mask, cache)
+    row_keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(b))
+
+    def draw(t: Array, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
+        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, t))(row_keys)
+        return jax.vmap(jax.random.categorical)(keys, transform_logits(logits, sampling)).astype(jnp.int32)
+
+    def unfinished(carry: Any) -> Array:
+        t, alive = carry[0], carry[1]
+        return (t < max_new_tokens) & jnp.any(alive)
+
+    def step(carry: Any) -> Any:
+        t, alive, tokens, mask, logps, state, cache = carry
+        logits = models.unembed(spec, params, state)
+        drawn = jnp.where(alive, draw(t, logits), pad_id)
+        logp = jnp.where(alive, token_logps(logits, drawn, temperature=sampling.temperature), 0)
+        tokens = jax.lax.dynamic_update_slice(tokens, drawn[:, None], (0, p + t))
+        mask = jax.lax.dynamic_update_slice(mask, alive[:, None], (0, p + t))
+        logps = jax.lax.dynamic_update_slice(logps, logp[:, None], (0, p + t))
+        states, cache = models.extend(spec, params, drawn[:, None], alive[:, None], cache)
+        return t + 1, alive & (drawn != eos_id), tokens, mask, logps, states[:, 0], cache
+
+    tokens = jnp.full((b, length), pad_id, jnp.int32).at[:, :p].set(jnp.where(prompt_mask, prompts, pad_id))
+    empty = jnp.zeros((b, length), bool), jnp.zeros((b, length), jnp.float32)
+    first = (jnp.zeros((), jnp.int32), jnp.ones((b,), bool), tokens, *empty, states[:, -1], cache)
+    _, _, tokens, mask, logps, _, _ = jax.lax.while_loop(unfinished, step, first)
+    prompt_mask = jnp.pad(prompt_mask, ((0, 0), (0, max_new_tokens)))
+    return Rollout(tokens=tokens, prompt_mask=prompt_mask, completion_mask=mask, logps=logps)
+
+
+def ended(rollout: Rollout, eos_id: int) -> Bool[Array, " b"]:
+    """Whether each row's completion ends with EOS, rather than at the limit."""
+    return jnp.any((rollout.tokens == eos_id) & rollout.completion_mask, axis=-1)
+
+
+def _constrained(cache: models.Cache) -> models.Cache:
+    axes = (None, "batch", None, "kv", None)
+    return cache.replace(keys=constrain(cache.keys, *axes), values=constrain(cache.values, *axes))
