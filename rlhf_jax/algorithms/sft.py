@@ -1,0 +1,144 @@
+"""Supervised fine-tuning: cross-entropy on completions, given prompts (Ziegler et al. 2019; Ouyang et al. 2022)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.algorithms.context import BASE, Context, named_stage
+from rlhf_jax.algorithms.supervised import SupervisedConfig, fit
+from rlhf_jax.data.formats import Example, read_examples
+from rlhf_jax.data.pipeline import packed
+from rlhf_jax.data.reviews import Review
+from rlhf_jax.data.text import Row, opening
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop.tokenizers import Tokenizer
+
+MakeRow = Callable[[Any, np.random.Generator], Row | None]
+
+_CHARACTERS_A_TOKEN = 16  # at least, in running text: bounds what is encoded of a long review
+
+
+@dataclass(frozen=True)
+class Openings:
+    """The openings of reviews: a prefix is the prompt and what follows it the completion, cut anew in each epoch."""
+
+    prompt_tokens: tuple[int, int] = (2, 8)
+    """Fewest and most tokens of a prefix, BOS not counted; it ends between words."""
+    completion_tokens: int = 40
+    """Most tokens of a completion; EOS, where the text ends inside them, is one."""
+
+    def __post_init__(self) -> None:
+        low, high = self.prompt_tokens
+        if not 1 <= low <= high:
+            raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {self.prompt_tokens}")
+        if self.completion_tokens < 1:
+            raise ValueError(f"completion_tokens must be at least 1, got {self.completion_tokens}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row: BOS, prefix, completion."""
+        return 1 + self.prompt_tokens[1] + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of a JSONL file: {"prompt", "completion"}, {"messages"} or {"text"}; the last share of them is held out."""
+
+    path: Path
+    """The file."""
+    heldout_share: float = 0.05
+    """Share of the rows kept for the held-out loss."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout_share < 1:
+            raise ValueError(f"heldout_share must be between 0 and 1, got {self.heldout_share}")
+
+
+@dataclass(frozen=True)
+class Config(SupervisedConfig):
+    """Supervised fine-tuning of a language model on prompts and completions."""
+
+    init: str = BASE
+    """The stage whose weights it starts from, or "base", the experiment's model."""
+    data: Openings | Examples = field(default_factory=Openings)
+    """Prompts and completions."""
+    row_length: int = 98
+    """Tokens in a row; several examples are packed into one."""
+
+    def requires(self) -> dict[str, str]:
+        """The stage in `init`."""
+        return named_stage(init=self.init)
+
+    def lengths(self) -> dict[str, int]:
+        """A row."""
+        return {"row_length": self.row_length}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.data, Openings) and self.data.length > self.row_length:
+            raise ValueError(
+                f"row_length={self.row_length} must hold BOS, prompt and completion of data: {self.data.length} tokens"
+            )
+
+
+def train(config: Config, context: Context, name: str) -> dict[str, float]:
+    """Train on the completions; the figures are for summary.json."""
+    if isinstance(config.data, Openings):
+        make_row = opening_row(config.data, context.tokenizer)
+        sources: tuple[Sequence[Any], Sequence[Any]] = context.reviews.train, context.reviews.validation
+    else:
+        make_row = _example_row(context.tokenizer, config.row_length)
+        sources = _split(config.data)
+
+    def batches(source: Sequence[Any], seed: int) -> Any:
+        return packed(
+            source,
+            make_row,
+            pad_id=context.tokenizer.pad_id,
+            row_length=config.row_length,
+            batch_size=config.batch_size,
+            seed=seed,
+        )
+
+    start = context.policy_params(config.init)
+    _, figures = fit(config, context, name, start, batches(sources[0], context.seed), batches(sources[1], 0))
+    return figures
+
+
+def opening_row(data: Openings, tokenizer: Tokenizer) -> MakeRow:
+    """A review to a row whose completion alone is counted; None where its opening has no space to cut at."""
+
+    def make_row(review: Review, rng: np.random.Generator) -> Row | None:
+        text = review.text[: _CHARACTERS_A_TOKEN * data.length]
+        cut = opening(
+            tokenizer.encode(text), tokenizer, rng, prompt=data.prompt_tokens, completion=data.completion_tokens
+        )
+        return None if cut is None else _row(cut.prompt, cut.completion)
+
+    return make_row
+
+
+def _example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
+    def make_row(example: Example, rng: np.random.Generator) -> Row:
+        del rng
+        prompt = [tokenizer.bos_id, *tokenizer.encode(example.prompt)]
+        completion = [*tokenizer.encode(example.completion), tokenizer.eos_id][: row_length - 1]
+        # A row that is too long loses the start of its prompt first.
+        return _row(prompt[-(row_length - len(completion)) :], completion)
+
+    return make_row
+
+
+def _row(prompt: list[int], completion: list[int]) -> Row:
+    return Row([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
+
+
+def _split(data: Examples) -> tuple[list[Example], list[Example]]:
+    rows = read_examples(data.path)
+    heldout = max(1, round(len(rows) * data.heldout_share))
+    if len(rows) <= heldout:
+        raise UserError(f"{data.path}: {len(rows)} rows; at least 2 are needed, one of them held out")
+    return rows[:-heldout], rows[-heldout:]

@@ -1,0 +1,63 @@
+"""Prompts to sample from: the first words of reviews, left-padded so that completions start in one column."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from rlhf_jax.data.reviews import Review
+from rlhf_jax.data.text import opening
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop.tokenizers import Tokenizer
+
+_CHARACTERS = 400  # of a review; far more than the longest prefix has
+
+
+class PromptBatch(NamedTuple):
+    """Left-padded prompts, each with BOS."""
+
+    tokens: Int[np.ndarray, "b p"]
+    mask: Bool[np.ndarray, "b p"]
+
+
+def review_prompts(
+    reviews: Sequence[Review], tokenizer: Tokenizer, *, tokens: tuple[int, int], count: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """Prompts of `tokens[0]` to `tokens[1]` tokens, BOS not counted, from different reviews where there are enough.
+
+    Raises UserError where no review has such an opening.
+    """
+    prompts: list[list[int]] = []
+    while len(prompts) < count:
+        before = len(prompts)
+        for index in rng.permutation(len(reviews)):
+            encoded = tokenizer.encode(reviews[index].text[:_CHARACTERS])
+            cut = opening(encoded, tokenizer, rng, prompt=tokens, completion=1)
+            if cut is not None:
+                prompts.append(cut.prompt)
+            if len(prompts) == count:
+                break
+        if len(prompts) == before:
+            raise UserError(f"data: no review has a space after {tokens[0]} to {tokens[1]} tokens to cut a prompt at")
+    return prompts
+
+
+def pad_left(prompts: Sequence[Sequence[int]], *, length: int, pad_id: int) -> PromptBatch:
+    """Stack prompts; the last column holds the last token of each."""
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return PromptBatch(tokens, mask)
+
+
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], *, length: int, pad_id: int, batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """Endless batches of prompts, shuffled anew each epoch."""
+    dataset = grain.MapDataset.source(prompts).seed(seed).shuffle().repeat()
+    batches = dataset.batch(batch_size, batch_fn=lambda rows: pad_left(rows, length=length, pad_id=pad_id))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

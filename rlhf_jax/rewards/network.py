@@ -1,0 +1,39 @@
+"""Scores from a reward network for rows of tokens on the host: batched, padded, sharded."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from rlhf_jax import models, sharding
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.types import Params
+
+
+class RewardNetwork:
+    """A reward model as a function of token rows; compiled once, for one shape."""
+
+    def __init__(
+        self, spec: ModelSpec, params: Params, mesh: Mesh, *, length: int, pad_id: int, batch_size: int = 64
+    ) -> None:
+        """Rows may have at most `length` tokens, and `batch_size` must divide by the mesh's batch axes."""
+        self.params = params
+        self._mesh, self._length, self._pad_id, self._batch_size = mesh, length, pad_id, batch_size
+        self._score = jax.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, " n"]:
+        """One score a row, read at its last token."""
+        scores = np.zeros(len(rows), np.float32)
+        for start in range(0, len(rows), self._batch_size):
+            part = rows[start : start + self._batch_size]
+            tokens = np.full((self._batch_size, self._length), self._pad_id, np.int32)
+            mask = np.zeros((self._batch_size, self._length), bool)
+            for i, row in enumerate(part):
+                tokens[i, : len(row)] = row
+                mask[i, : len(row)] = True
+            with sharding.scope(self._mesh):
+                batch = sharding.shard_batch(self._mesh, (tokens, mask))
+                scores[start : start + len(part)] = np.asarray(self._score(self.params, *batch))[: len(part)]
+        return scores

@@ -1,0 +1,84 @@
+"""Completions for any number of prompts on the host: batched, padded, sharded."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.data.prompts import pad_left
+from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.sampling.decode import generate
+from rlhf_jax.sampling.transforms import Sampling
+from rlhf_jax.types import Key, Params, Rollout
+
+
+class Sample(NamedTuple):
+    """One completion: its tokens, EOS included where it ended, and whether it did."""
+
+    prompt: list[int]
+    tokens: list[int]
+    ended: bool
+
+
+class Sampler:
+    """A policy as a function of prompts; compiled once, for one shape."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        *,
+        prompt_length: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        batch_size: int = 128,
+    ) -> None:
+        """Prompts may have at most `prompt_length` tokens; `batch_size` must divide by the mesh's batch axes."""
+        self._mesh, self._tokenizer = mesh, tokenizer
+        self._prompt_length, self._batch_size = prompt_length, batch_size
+
+        def program(params: Params, tokens: jax.Array, mask: jax.Array, key: Key) -> Rollout:
+            return generate(
+                spec,
+                params,
+                tokens,
+                mask,
+                key,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id,
+            )
+
+        self._generate = jax.jit(program)
+
+    def rollouts(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> list[tuple[Rollout, int]]:
+        """Rollouts of whole batches on the device, each with how many of its rows are real (the others repeat a prompt)."""
+        parts = []
+        for index, start in enumerate(range(0, len(prompts), self._batch_size)):
+            part = list(prompts[start : start + self._batch_size])
+            filled = part + [part[0]] * (self._batch_size - len(part))
+            batch = pad_left(filled, length=self._prompt_length, pad_id=self._tokenizer.pad_id)
+            with sharding.scope(self._mesh):
+                tokens, mask = sharding.shard_batch(self._mesh, batch)
+                rollout = self._generate(params, tokens, mask, jax.random.fold_in(key, index))
+            parts.append((rollout, len(part)))
+        return parts
+
+    def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> list[Sample]:
+        """One completion a prompt, in order."""
+        samples = []
+        for (rollout, count), start in zip(
+            self.rollouts(params, prompts, key), range(0, len(prompts), self._batch_size), strict=True
+        ):
+            tokens, mask = jax.device_get((rollout.tokens, rollout.completion_mask))
+            for row in range(count):
+                completion = tokens[row][np.asarray(mask[row])].tolist()
+                is_ended = bool(completion) and completion[-1] == self._tokenizer.eos_id
+                samples.append(Sample(list(prompts[start + row]), completion, is_ended))
+        return samples
