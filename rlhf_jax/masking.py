@@ -45,6 +45,10 @@ def sequence_mean(x: Float[ArrayLike, "*b t"] | Bool[ArrayLike, "*b t"], mask: B
     return Mean(jnp.sum(x.sum(-1) / jnp.maximum(lengths, 1)), jnp.sum(lengths > 0, dtype=x.dtype))
 
 
+REDUCERS = {"token": token_mean, "sequence": sequence_mean}
+"""How a config names the reducer of a loss."""
+
+
 @typed
 def masked_mean(x: Float[ArrayLike, "*s"], mask: Bool[ArrayLike, "*s"]) -> Float[Array, ""]:
     """The mean of the kept entries over all axes; 0 when nothing is kept."""

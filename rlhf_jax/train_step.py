@@ -1,5 +1,6 @@
 """One optimiser step: gradients of a loss, accumulated over microbatches, clipped and applied."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +33,7 @@ def make_train_step(
         if num_microbatches == 1:
             grads, (loss, metrics) = gradient(state.params, batch, state.hyper, key)
             return grads, loss, metrics
-        # Strided, not blocked: each device's rows are spread over all microbatches.
-        parts = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = _split(batch, num_microbatches)
 
         def body(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             microbatch, index = part
@@ -53,9 +53,29 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss.value, **{name: mean.value for name, mean in means.items()}}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
+
+
+def in_parts(fn: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
+    """fn(batch) for a row-wise function, computed for a part of the rows at a time to save memory."""
+    if parts == 1:
+        return fn(batch)
+    out = jax.lax.map(fn, _split(batch, parts))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    # Strided, not blocked: each device's rows are spread over all parts.
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def keep_if(condition: jax.Array, old: TrainState, new: TrainState) -> TrainState:
+    """`old` where the condition holds, `new` where it does not."""
+    moving = [(state.step, state.params, state.opt_state) for state in (old, new)]
+    step, params, opt_state = jax.tree.map(lambda a, b: jnp.where(condition, a, b), *moving)
+    return new.replace(step=step, params=params, opt_state=opt_state)
 
 
 def with_learning_rate(opt_state: Any, hyper: Hyper) -> Any:

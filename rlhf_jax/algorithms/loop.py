@@ -106,12 +106,6 @@ class Loop:
                 self._signal,
             )
 
-    def stop(self, what: str) -> NonFiniteError:
-        """The error for something that is not finite in the current step."""
-        good = self._checkpoints.latest_step()
-        kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
-        return NonFiniteError(f"{self.name}: step {self._step}: {what}; {kept}")
-
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""
         self._progress.note(text)
@@ -124,7 +118,9 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self.stop(f"{name} of step {step} is {value}")
+                good = self._checkpoints.latest_step()
+                kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
+                raise NonFiniteError(f"{self.name}: {name} is {value} at step {step}; {kept}")
         now = time.monotonic()
         values["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
         self._clock = now

@@ -58,7 +58,7 @@ class Sampler:
         self._generate = jax.jit(program)
 
     def rollouts(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> list[tuple[Rollout, int]]:
-        """Rollouts of whole batches on the device, each with how many of its rows are real (the others repeat a prompt)."""
+        """Rollouts of whole batches on the device, each with how many of its rows are real; the others repeat one."""
         parts = []
         for index, start in enumerate(range(0, len(prompts), self._batch_size)):
             part = list(prompts[start : start + self._batch_size])

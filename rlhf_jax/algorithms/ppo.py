@@ -1,0 +1,375 @@
+"""PPO with a KL penalty to a frozen reference (Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024).
+
+One iteration, compiled as a whole: sample completions, score them, turn scores and KL into advantages, and take
+`epochs` × `minibatches` clipped steps of the policy and of its separate critic.
+
+Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import kl, losses, masking, models, sharding
+from rlhf_jax.advantages import gae, token_rewards
+from rlhf_jax.algorithms import onpolicy
+from rlhf_jax.algorithms.context import Context, check_positive, named_stage
+from rlhf_jax.algorithms.loop import Loop, finish
+from rlhf_jax.data.prompts import PromptBatch
+from rlhf_jax.evals.policy import compare, write_samples
+from rlhf_jax.kl import AdaptiveKL, FixedKL
+from rlhf_jax.logprobs import entropy, token_logps
+from rlhf_jax.metrics import read_jsonl
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.models.heads import box
+from rlhf_jax.numerics import require
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.sentiment import GoldClassifier
+from rlhf_jax.rewards.shaping import Shaping, shape_scores
+from rlhf_jax.sampling import Sampling, ended, generate
+from rlhf_jax.train_step import in_parts, keep_if, make_train_step, sharded_state
+from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
+
+
+@dataclass(frozen=True)
+class Config:
+    """PPO on prompts cut from held-out reviews, with a reward model."""
+
+    policy: str = "sft"
+    """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    reward: str = "reward_model"
+    """The reward_model stage that scores completions."""
+    critic: str = "reward_model"
+    """The reward_model stage that the critic starts from."""
+    steps: int = 40
+    """Iterations: each samples a batch and learns from it."""
+    batch_size: int = 128
+    """Completions an iteration."""
+    prompt_tokens: tuple[int, int] = (2, 8)
+    """Fewest and most tokens of a prompt, BOS not counted."""
+    completion_tokens: int = 40
+    """Most tokens of a completion."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How completions are drawn."""
+    epochs: int = 4
+    """Passes over an iteration's rollouts."""
+    minibatches: int = 4
+    """Optimiser steps a pass."""
+    num_microbatches: int = 1
+    """Parts that a minibatch's gradient is accumulated over; scoring is done in `minibatches` times as many."""
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4))
+    """The policy's."""
+    critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=3e-4))
+    """The critic's."""
+    kl: FixedKL | AdaptiveKL = field(default_factory=FixedKL)
+    """Price of KL to the reference, k1 a token in the reward."""
+    shaping: Shaping = field(default_factory=Shaping)
+    """Scaling, clipping, EOS penalty and whitening of rewards."""
+    gamma: float = 1.0
+    """Discount a token."""
+    lam: float = 0.95
+    """λ of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Scales an iteration's advantages to mean 0 and variance 1."""
+    clip_eps: float = 0.2
+    """Clip range of the probability ratio."""
+    value_clip: float | None = 0.2
+    """Clip range of the value's change; none: no clipping."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    reducer: Literal["token", "sequence"] = "token"
+    """Whether each token or each completion weighs the same in the losses."""
+    stop_at_kl: float | None = None
+    """Ends an iteration's policy updates where the KL to the behaviour policy exceeds this, in nats a token."""
+    exact_kl_rows: int = 32
+    """Completions an iteration whose KL is also summed over the whole vocabulary."""
+    evaluation_prompts: int = 256
+    """Prompts of the test split, sampled with the first and the last policy."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "completion_tokens", "epochs", "minibatches", "num_microbatches")
+        check_positive(self, *names, "exact_kl_rows", "evaluation_prompts", "checkpoint_every")
+        low, high = self.prompt_tokens
+        if not 1 <= low <= high:
+            raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {self.prompt_tokens}")
+        parts = self.minibatches * self.num_microbatches
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size={self.batch_size} must divide by minibatches × num_microbatches = "
+                f"{self.minibatches} × {self.num_microbatches} = {parts}"
+            )
+        for name, interval in (
+            ("gamma", "[0, 1]"), ("lam", "[0, 1]"), ("clip_eps", "(0, 1)"), ("value_clip", "(0, inf)"),
+            ("entropy_coef", "[0, inf)"), ("stop_at_kl", "(0, inf)"),
+        ):  # fmt: skip
+            require(name, vars(self)[name], interval)
+
+    def requires(self) -> dict[str, str]:
+        """Policy, reward model and critic."""
+        return named_stage(policy=self.policy, reward=self.reward, critic=self.critic)
+
+    def lengths(self) -> dict[str, int]:
+        """BOS, prompt and completion."""
+        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
+
+    def batch_sizes(self) -> dict[str, int]:
+        """A microbatch of a minibatch."""
+        parts = self.minibatches * self.num_microbatches
+        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // parts}
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole stage."""
+        return self.steps * self.epochs * self.minibatches
+
+    @property
+    def prompt_length(self) -> int:
+        """Columns of a prompt: BOS and the most tokens."""
+        return 1 + self.prompt_tokens[1]
+
+
+@flax.struct.dataclass
+class State:
+    """All that changes: policy, critic, KL controller."""
+
+    policy: TrainState
+    critic: TrainState
+    kl: kl.KLState
+
+
+@flax.struct.dataclass
+class Frozen:
+    """All that does not: the reference policy and the reward model."""
+
+    reference: Params
+    reward: Params
+
+
+class Algorithm:
+    """PPO's steps as functions of (state, frozen, prompts); the config fixes shapes and choices."""
+
+    def __init__(self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
+        self.config, self.spec, self.eos_id, self.pad_id = config, spec, eos_id, pad_id
+        self.policy_optimizer = config.optimizer.make(config.updates)
+        self.critic_optimizer = config.critic_optimizer.make(config.updates)
+        make = partial(make_train_step, num_microbatches=config.num_microbatches)
+        self.policy_step = make(self.policy_loss(), self.policy_optimizer)
+        self.critic_step = make(self.critic_loss(), self.critic_optimizer)
+
+    def iteration(self, state: State, frozen: Frozen, prompts: PromptBatch) -> tuple[State, Metrics, Rollout]:
+        """Sample, score, estimate advantages, update."""
+        c = self.config
+        rollout = generate(
+            self.spec,
+            state.policy.params,
+            prompts.tokens,
+            prompts.mask,
+            jax.random.fold_in(state.policy.step_key(), 0),
+            max_new_tokens=c.completion_tokens,
+            sampling=c.sampling,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+        )
+        rollout, metrics = self.score(rollout, state, frozen)
+        rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
+        state, update_metrics = self.update(state, rollout)
+        controller = c.kl.update(state.kl, metrics["seq_kl"], c.batch_size)
+        return state.replace(kl=controller), {**metrics, **reward_metrics, **update_metrics}, rollout
+
+    def score(self, rollout: Rollout, state: State, frozen: Frozen) -> tuple[Rollout, Metrics]:
+        """Scores, reference log-probs and values of a rollout, and what compares policy and reference."""
+        c = self.config
+
+        def part(rows: Rollout) -> tuple[Array, ...]:
+            window = slice(c.prompt_length, None)
+            tokens, mask = rows.tokens[:, window], rows.completion_mask[:, window]
+            logits = self.completion_logits(state.policy.params, rows)
+            ref_logits = self.completion_logits(frozen.reference, rows)
+            temperature = c.sampling.temperature
+            return (
+                masking.keep(token_logps(logits, tokens, temperature=temperature), mask),
+                masking.keep(token_logps(ref_logits, tokens, temperature=temperature), mask),
+                masking.keep(entropy(logits, temperature=temperature), mask),
+                masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
+                masking.keep(models.values(self.spec, state.critic.params, rows.tokens, rows.mask)[:, window], mask),
+                models.score(self.spec, frozen.reward, rows.tokens, rows.mask),
+            )
+
+        logps, ref_logps, entropies, exact, values, scores = in_parts(part, rollout, c.minibatches * c.num_microbatches)
+        pad = partial(jnp.pad, pad_width=((0, 0), (c.prompt_length, 0)))
+        rollout = rollout.replace(ref_logps=pad(ref_logps), values=pad(values), scores=scores)
+        mask = rollout.completion_mask
+        k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
+        kept = mask[:, c.prompt_length :]
+        metrics = {
+            "score": scores.mean(),
+            "kl": masking.masked_mean(k1, mask),
+            "seq_kl": k1.sum(-1).mean(),
+            "seq_kl_exact": exact[: c.exact_kl_rows].sum(-1).mean(),
+            "entropy": masking.masked_mean(entropies, kept),
+            # Two programs computed the same number, one with a cache and one without: the ratio before any update.
+            "ratio_deviation": jnp.max(jnp.abs(jnp.expm1(pad(logps) - rollout.logps)), where=mask, initial=0),
+            "length": mask.sum(-1).mean(dtype=jnp.float32),
+            "no_eos": jnp.mean(~ended(rollout, self.eos_id), dtype=jnp.float32),
+        }
+        return rollout, metrics
+
+    def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
+        """Rewards a token, and from these advantages and returns."""
+        c, mask = self.config, rollout.completion_mask
+        shaped = shape_scores(rollout.scores, ended(rollout, self.eos_id), c.shaping)
+        k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
+        rewards = token_rewards(shaped, k1, mask, kl_coef=kl_coef)
+        metrics = {"reward": rewards.sum(-1).mean(), "kl_coef": kl_coef}
+        if c.shaping.whiten:
+            rewards = masking.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, rollout.values, mask, gamma=c.gamma, lam=c.lam)
+        residual, spread = masking.masked_var(returns - rollout.values, mask), masking.masked_var(returns, mask)
+        metrics["explained_variance"] = 1 - residual / jnp.maximum(spread, 1e-8)
+        if c.whiten_advantages:
+            advantages = masking.whiten(advantages, mask)
+        return rollout.replace(rewards=rewards, advantages=advantages, returns=returns), metrics
+
+    def update(self, state: State, rollout: Rollout) -> tuple[State, Metrics]:
+        """`epochs` × `minibatches` steps of policy and critic."""
+        c = self.config
+        key = jax.random.fold_in(state.policy.step_key(), 1)
+        orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), c.batch_size))
+        rows = orders(jnp.arange(c.epochs)).reshape(c.epochs * c.minibatches, -1)
+
+        def step(carry: tuple[State, Bool[Array, ""]], rows: Int[Array, " m"]) -> tuple[Any, tuple[Metrics, Metrics]]:
+            state, stopped = carry
+            batch = jax.tree.map(lambda x: x[rows], rollout)
+            policy, policy_metrics = self.policy_step(state.policy, batch)
+            if c.stop_at_kl is not None:
+                stopped |= policy_metrics["approx_kl"] > c.stop_at_kl  # went too far already: this step is not taken
+                policy = keep_if(stopped, state.policy, policy)
+            critic, critic_metrics = self.critic_step(state.critic, batch)
+            policy_metrics["stopped"] = stopped.astype(jnp.float32)
+            return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
+
+        (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
+        policy, critic = jax.tree.map(jnp.mean, (policy, critic))
+        return state, {
+            "policy_loss": policy["loss"],
+            "value_loss": critic["loss"],
+            "policy_clipped": policy["policy_clipped"],
+            "value_clipped": critic["value_clipped"],
+            "approx_kl": policy["approx_kl"],
+            "grad_norm": policy["grad_norm"],
+            "critic_grad_norm": critic["grad_norm"],
+            "skipped_updates": policy["stopped"],
+        }
+
+    def policy_loss(self) -> LossFn:
+        """The clipped surrogate, with the entropy bonus where it has a weight."""
+        c, window = self.config, slice(self.config.prompt_length, None)
+
+        def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
+            del key
+            mask, old_logps = batch.completion_mask[:, window], batch.logps[:, window]
+            logits = self.completion_logits(params, batch)
+            logps = token_logps(logits, batch.tokens[:, window], temperature=c.sampling.temperature)
+            logps = masking.keep(logps, mask)
+            loss, d = losses.ppo_clip(logps, old_logps, batch.advantages[:, window], clip_eps=hyper["clip_eps"])
+            if c.entropy_coef:
+                bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
+                loss += hyper["entropy_coef"] * bonus
+            metrics = {
+                "policy_clipped": masking.token_mean(d["clipped"], mask),
+                "approx_kl": masking.token_mean(kl.k3(old_logps, logps), mask),
+            }
+            return masking.REDUCERS[c.reducer](loss, mask), metrics
+
+        return loss_fn
+
+    def critic_loss(self) -> LossFn:
+        """Half the squared error of the values, clipped."""
+        c, window = self.config, slice(self.config.prompt_length, None)
+
+        def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
+            del key
+            mask = batch.completion_mask[:, window]
+            values = models.values(self.spec, params, batch.tokens, batch.mask)[:, window]
+            clip_eps = None if c.value_clip is None else hyper["value_clip"]
+            loss, d = losses.clipped_value(values, batch.values[:, window], batch.returns[:, window], clip_eps=clip_eps)
+            return masking.REDUCERS[c.reducer](loss, mask), {"value_clipped": masking.token_mean(d["clipped"], mask)}
+
+        return loss_fn
+
+    def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
+        """Logits that predict the completion's tokens; prompts never reach the vocabulary."""
+        states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)
+        return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1])
+
+
+def train(config: Config, context: Context, name: str) -> dict[str, Any]:
+    """Train the policy; the figures are for summary.json."""
+    mesh, tokenizer = context.mesh, context.tokenizer
+    algorithm = Algorithm(config, context.spec, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    frozen = Frozen(reference=context.policy_params(config.policy), reward=context.head_params(config.reward))
+    state = initial_state(algorithm, context, name, frozen.reference, context.head_params(config.critic))
+    prompts = onpolicy.prompts(context, name, tokens=config.prompt_tokens, batch_size=config.batch_size)
+    iteration = jax.jit(algorithm.iteration, donate_argnums=0)
+    gold = GoldClassifier.fit(context.reviews.train)
+    share = config.optimizer.share(config.updates)
+
+    with (
+        Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop,
+        sharding.scope(mesh),
+    ):
+        if config.sampling.truncates:
+            loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
+        state = loop.restore(state, prompts)
+        for _ in loop:
+            state, metrics, rollout = iteration(state, frozen, sharding.shard_batch(mesh, next(prompts)))
+            metrics["gold"] = gold(onpolicy.texts(rollout, tokenizer)).mean()
+            metrics["learning_rate"] = config.optimizer.learning_rate * share(state.policy.step)
+            loop.record(state, metrics, tokens=config.batch_size * config.completion_tokens)
+    finish(context, name, state.policy.params)
+    before, after = onpolicy.evaluate(
+        context,
+        name,
+        (frozen.reference, state.policy.params),
+        reference=frozen.reference,
+        reward=frozen.reward,
+        gold=gold,
+        prompt_tokens=config.prompt_tokens,
+        completion_tokens=config.completion_tokens,
+        sampling=config.sampling,
+        count=config.evaluation_prompts,
+        batch_size=config.batch_size,
+    )
+    write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
+    lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
+    deviation = max(line["ratio_deviation"] for line in lines)
+    return {**compare(before, after), "ratio_deviation": deviation, "steps": config.steps}
+
+
+def initial_state(algorithm: Algorithm, context: Context, name: str, policy: Params, critic: Params) -> State:
+    """Policy and critic at the start of training, in shards."""
+    c, spec, mesh, key = algorithm.config, context.spec, context.mesh, context.key(name)
+    policy_boxes = jax.eval_shape(partial(models.init, spec), jax.random.key(0))
+    critic_boxes = jax.eval_shape(partial(models.init_with_head, spec), jax.random.key(0))
+    policy_hyper = {
+        "learning_rate": c.optimizer.learning_rate,
+        "clip_eps": c.clip_eps,
+        "entropy_coef": c.entropy_coef,
+    }
+    critic_hyper = {"learning_rate": c.critic_optimizer.learning_rate, "value_clip": c.value_clip or 0.0}
+    return State(
+        policy=sharded_state(
+            mesh, partial(box, boxes=policy_boxes), policy, algorithm.policy_optimizer, policy_hyper, key
+        ),
+        critic=sharded_state(
+            mesh, partial(box, boxes=critic_boxes), critic, algorithm.critic_optimizer, critic_hyper, key
+        ),
+        kl=jax.device_put(c.kl.init(), sharding.replicated(mesh)),
+    )

@@ -1,0 +1,114 @@
+"""What a policy writes for the same prompts before and after training, and what judges say of it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from rlhf_jax import masking, models, sharding
+from rlhf_jax.evals.text import distinct_n, equal_tokens
+from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.logprobs import token_logps
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.sampling import Sampler
+from rlhf_jax.types import Key, Params, Rollout
+
+Judge = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion and its readings: a line of samples.jsonl."""
+
+    prompt: str
+    completion: str
+    tokens: tuple[int, ...]  # of the completion, EOS included
+    ended: bool
+    readings: dict[str, float]  # "kl" (Σ k1, nats), "score" (the reward model's), and one a judge
+
+    def to_json(self, when: str, step: int) -> dict[str, Any]:
+        """As it stands in samples.jsonl."""
+        texts = {"prompt": self.prompt, "completion": self.completion, "ended": self.ended}
+        return {"when": when, "step": step, **texts, "length": len(self.tokens), **self.readings}
+
+
+class PolicyEvaluation:
+    """Samples a policy on fixed prompts with a fixed key and reads the completions: KL, score, judges."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        prompts: Sequence[Sequence[int]],
+        key: Key,
+        *,
+        judges: dict[str, Judge],
+        temperature: float,
+    ) -> None:
+        self._mesh, self._tokenizer, self._sampler = mesh, tokenizer, sampler
+        self._prompts, self._key, self._judges = prompts, key, judges
+
+        def readings(reference: Params, reward: Params, rollout: Rollout) -> dict[str, Array]:
+            ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)
+            scores = models.score(spec, reward, rollout.tokens, rollout.mask)
+            return {"kl": (rollout.logps - ref_logps).sum(-1), "score": scores}
+
+        self._readings = jax.jit(readings)
+
+    def __call__(self, params: Params, reference: Params, reward: Params) -> list[Row]:
+        """A row a prompt, in the prompts' order."""
+        rows: list[Row] = []
+        for rollout, count in self._sampler.rollouts(params, self._prompts, self._key):
+            with sharding.scope(self._mesh):
+                readings = jax.device_get(self._readings(reference, reward, rollout))
+            host = jax.device_get(rollout)
+            for i in range(count):
+                tokens = tuple(host.tokens[i][host.completion_mask[i]].tolist())
+                prompt = self._tokenizer.decode(host.tokens[i][host.prompt_mask[i]].tolist())
+                numbers = {name: float(values[i]) for name, values in readings.items()}
+                is_ended = self._tokenizer.eos_id in tokens
+                rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
+        texts = [row.prompt + row.completion for row in rows]
+        for name, judge in self._judges.items():
+            for row, value in zip(rows, judge(texts), strict=True):
+                row.readings[name] = float(value)
+        return rows
+
+
+def rollout_logps(spec: ModelSpec, params: Params, rollout: Rollout, *, temperature: float) -> Float[Array, "b t"]:
+    """Log-probs of a rollout's completion tokens under any parameters; 0 elsewhere."""
+    states = models.hidden(spec, params, rollout.tokens, rollout.mask)
+    logits = models.unembed(spec, params, states[:, :-1])
+    logps = token_logps(logits, rollout.tokens[:, 1:], temperature=temperature)
+    return masking.keep(jax.numpy.pad(logps, ((0, 0), (1, 0))), rollout.completion_mask)
+
+
+def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
+    """Means before and after; distinct-2 over equal token counts; the sequence KL of the later policy."""
+    figures: dict[str, float] = {}
+    tokens = equal_tokens([row.tokens for row in before], [row.tokens for row in after])
+    for when, rows in (("before", before), ("after", after)):
+        for name in rows[0].readings:
+            if name != "kl":
+                figures[f"{name}_{when}"] = float(np.mean([row.readings[name] for row in rows]))
+        figures[f"distinct2_{when}"] = distinct_n([row.tokens for row in rows], n=2, tokens=tokens)
+        figures[f"length_{when}"] = float(np.mean([len(row.tokens) for row in rows]))
+    figures["seq_kl"] = float(np.mean([row.readings["kl"] for row in after]))
+    return figures
+
+
+def write_samples(path: Path, before: Sequence[Row], after: Sequence[Row], *, step: int) -> None:
+    """Write samples.jsonl whole: the same prompts in the same order, first before and then after."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row.to_json("before", 0) for row in before] + [row.to_json("after", step) for row in after]
+    partial = path.with_suffix(".part")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,60 @@
+"""Between a reward's raw scores and what training sees of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax.numerics import as_float, require
+from rlhf_jax.types import ArrayLike, typed
+
+
+@dataclass(frozen=True)
+class EosPenalty:
+    """What a completion that does not end with EOS gets."""
+
+    score: float = -1.0
+    """replace: the score that it gets; subtract: how much is taken off, as a negative number."""
+    how: Literal["replace", "subtract"] = "replace"
+    """replace the score (Stiennon et al. 2020), or subtract from it."""
+
+    def __post_init__(self) -> None:
+        require("eos_penalty.score", self.score, "(-inf, inf)" if self.how == "replace" else "(-inf, 0]")
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """From raw scores to those that make rewards."""
+
+    scale: float = 1.0
+    """Multiplies the scores."""
+    clip: float | None = None
+    """Clips the scaled scores to ± this."""
+    eos_penalty: EosPenalty | None = None
+    """What a completion without EOS gets; none: its score stays."""
+    whiten: bool = False
+    """Scales token rewards, KL penalty included, to variance 1 and keeps their mean (Ziegler et al. 2019)."""
+
+    def __post_init__(self) -> None:
+        require("shaping.scale", self.scale, "(-inf, inf)")
+        require("shaping.clip", self.clip, "(0, inf)")
+
+
+@typed
+def shape_scores(
+    scores: Float[ArrayLike, "*b"], has_ended: Bool[ArrayLike, "*b"], config: Shaping
+) -> Float[Array, "*b"]:
+    """Scale and clip scores, then penalise completions without EOS.
+
+    >>> shape_scores(jnp.array([3.0, 3.0]), jnp.array([True, False]), Shaping(clip=2.0, eos_penalty=EosPenalty()))
+    Array([ 2., -1.], dtype=float32)
+    """
+    scores = as_float(scores) * config.scale
+    if config.clip is not None:
+        scores = jnp.clip(scores, -config.clip, config.clip)
+    if config.eos_penalty is None:
+        return scores
+    penalty = config.eos_penalty
+    penalised = penalty.score if penalty.how == "replace" else scores + penalty.score
+    return jnp.where(has_ended, scores, penalised)
