@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import UserError
@@ -31,7 +32,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, cursor: dict[str, Any]) -> None:
-        """Write a pytree of arrays and a JSON-able cursor; raises UserError where the disk has no room, keeping the last."""
+        """Write a pytree of arrays and a JSON-able cursor; UserError if the disk has no room, and the last is kept."""
         if step == self.latest_step():
             return
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(_key_data(state)))
@@ -40,7 +41,10 @@ class Checkpoints:
             raise UserError(_no_space(self.folder, step, size, free))
         try:
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(_key_data(state)), cursor=ocp.args.JsonSave(cursor))
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_key_data(state)), cursor=ocp.args.JsonSave(cursor)
+                ),
             )
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -75,13 +79,14 @@ def load_params(folder: Path, target: Params) -> Params:
 
 def _no_space(folder: Path, step: int, size: int, free: int) -> str:
     return (
-        f"no disk space for the checkpoint of step {step} in {folder}: it needs {size * _FREE_SPACE_FACTOR / 1e6:.0f} MB, "
-        f"{free / 1e6:.0f} MB are free; the previous checkpoint is kept, free some space and repeat the command"
+        f"no disk space for the checkpoint of step {step} in {folder}: "
+        f"it needs {size * _FREE_SPACE_FACTOR / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+        "the previous checkpoint is kept, free some space and repeat the command"
     )
 
 
 def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _key_data(tree: Any) -> Any:

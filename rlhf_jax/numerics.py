@@ -1,7 +1,7 @@
 """What keeps layer 2 exact and finite: promotion to float32, exponentials that cannot overflow, domain checks."""
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.types import ArrayLike, Scalar, typed
@@ -38,7 +38,7 @@ def require(name: str, value: Scalar | None, interval: str) -> None:
     Traceback (most recent call last):
     ValueError: beta must lie in (0, inf), got -0.1
     """
-    if value is None or isinstance(value, jax.core.Tracer):
+    if value is None or isinstance(value, Tracer):
         return
     number = float(value)
     low, high = (float(bound) for bound in interval[1:-1].split(","))

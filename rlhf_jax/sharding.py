@@ -1,4 +1,4 @@
-"""The device mesh and the one table of rules: which mesh axes carry which logical axis. Nothing else names PartitionSpec."""
+"""The device mesh and the rules, which mesh axes carry which logical axis; nothing else names PartitionSpec."""
 
 import contextlib
 import math
@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
@@ -84,7 +85,7 @@ def scope(mesh: Mesh) -> Iterator[None]:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Hold an activation to the table's layout; outside `scope` it does nothing."""
-    return nn.with_logical_constraint(x, axes)
+    return spmd.with_logical_constraint(x, axes)
 
 
 def unbox(tree: Any) -> Any:
@@ -99,20 +100,24 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
     """
 
     def place(path: tuple, leaf: Any) -> Any:
-        boxed = isinstance(leaf, nn.meta.AxisMetadata)
+        boxed = isinstance(leaf, nn.LogicallyPartitioned)
         value = leaf.unbox() if boxed else leaf
         if not jax.tree.leaves(value):  # optax masks a parameter by an empty node inside its box
             return value
-        spec = nn.logical_to_mesh_axes(leaf.names, RULES) if boxed else PartitionSpec()
+        spec = spmd.logical_to_mesh_axes(leaf.names if boxed else (), RULES) or PartitionSpec()
         sharding = NamedSharding(mesh, spec)
         try:
             sharding.shard_shape(value.shape)
         except ValueError:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"mesh {dict(mesh.shape)}: {name} of shape {value.shape} does not divide by {spec}") from None
+            raise UserError(
+                f"mesh {dict(mesh.shape)}: {name} of shape {value.shape} does not divide by {spec}"
+            ) from None
         return sharding
 
-    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    return jax.tree_util.tree_map_with_path(
+        place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

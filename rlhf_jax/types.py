@@ -42,7 +42,7 @@ class Mean:
 
     @property
     def value(self) -> Array:
-        """total / count; 0 when nothing was counted."""
+        """The mean, total / count; 0 when nothing was counted."""
         return self.total / jnp.maximum(self.count, 1)
 
 

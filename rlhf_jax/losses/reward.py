@@ -42,7 +42,7 @@ def bradley_terry(
     require("label_smoothing", label_smoothing, "[0, 0.5)")
     difference = as_float(chosen_scores) - as_float(rejected_scores)
     logit = difference - margin
-    loss = -(1 - label_smoothing) * log_sigmoid(logit) - label_smoothing * log_sigmoid(-logit)
+    loss = -log_sigmoid(logit) * (1 - label_smoothing) - log_sigmoid(-logit) * label_smoothing
     return loss, {"accuracy": (1 + jnp.sign(difference)) / 2, "margin": difference}
 
 

@@ -49,7 +49,17 @@ class ModelSpec:
     """How many blocks the loop over layers unrolls; n_layers means no loop (fastest on CPU, slowest to compile)."""
 
     def __post_init__(self) -> None:
-        positive = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_len", "unroll")
+        positive = (
+            "vocab_size",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_ff",
+            "max_len",
+            "unroll",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.spec.{name} must be at least 1, got {getattr(self, name)}")

@@ -4,8 +4,11 @@ Shapes: B batch, T query positions, S key positions, D model, N query heads, K k
 L layers, V vocabulary.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -42,6 +45,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Normalise the last axis."""
         scale = self.param("scale", _named(nn.initializers.ones, self.axis_name), x.shape[-1:], jnp.float32)
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
@@ -55,6 +59,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, rope, attend_BTS, layer, keys, values, start):
+        """[B, T, D] -> [B, T, D], and the cache's keys and values with this layer's written from slot `start` on."""
         s = self.spec
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         dense = partial(_dense, self, dtype=x_BTD.dtype)
@@ -86,6 +91,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
+        """[B, T, D] -> [B, T, D]."""
         s = self.spec
         init = nn.initializers.lecun_normal()
         dense = partial(_dense, self, dtype=x_BTD.dtype)
@@ -102,6 +108,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, rope, attend_BTS, start):
+        """(carry, layer) -> (carry, None), as a scan wants it."""
         x_BTD, keys, values = carry
         normed = RMSNorm(self.spec.norm_eps, name="attention_norm")(x_BTD)
         attended, keys, values = Attention(self.spec, name="attention")(
@@ -119,12 +126,21 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, attend_BTS, cache: Cache | None = None):
+        """[B, T] tokens -> ([B, T, D] final hidden states, cache)."""
         s = self.spec
         embedding = self.param(
-            "embedding", _named(nn.initializers.normal(s.d_model**-0.5), "vocab", "embed"), (s.vocab_size, s.d_model), jnp.float32
+            "embedding",
+            _named(nn.initializers.normal(s.d_model**-0.5), "vocab", "embed"),
+            (s.vocab_size, s.d_model),
+            jnp.float32,
         )
         if not s.tied:  # made here, so that `init` of the trunk makes the whole model; used by `unembed`
-            self.param("unembedding", _named(nn.initializers.lecun_normal(), "embed", "vocab"), (s.d_model, s.vocab_size), jnp.float32)
+            self.param(
+                "unembedding",
+                _named(nn.initializers.lecun_normal(), "embed", "vocab"),
+                (s.d_model, s.vocab_size),
+                jnp.float32,
+            )
         # A tied row has length about 1; a table times sqrt(d) starts the residual stream at unit size.
         x_BTD = (embedding[tokens_BT] * s.d_model**0.5).astype(s.dtype)
         block = Block
@@ -134,7 +150,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=s.n_layers,
             unroll=min(s.unroll, s.n_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -146,16 +162,16 @@ class Transformer(nn.Module):
         )
         x_BTD = RMSNorm(s.norm_eps, name="final_norm")(x_BTD)
         if cache is not None:
-            cache = cache.replace(keys=keys, values=values, length=cache.length + tokens_BT.shape[1])
+            cache = dataclasses.replace(cache, keys=keys, values=values, length=cache.length + tokens_BT.shape[1])
         return x_BTD, cache
 
 
-def _named(init, *axes):
+def _named(init, *axes) -> Callable[..., Any]:
     return init if axes == (None,) else nn.with_logical_partitioning(init, axes)
 
 
 def _dense(module, name, x, shape, axes, init, *, dtype, inputs=1):
-    """x's last `inputs` axes times a kernel, as one plain matrix product: batched forms of it run at half the speed on CPU."""
+    """The last `inputs` axes of x times a kernel, as one matrix product: batched ones take twice as long on CPU."""
     kernel = module.param(name, _named(init, *axes), shape, jnp.float32).astype(dtype)
     width = math.prod(shape[:inputs])
     out = x.reshape(-1, width) @ kernel.reshape(width, -1)
@@ -190,7 +206,7 @@ def _attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):
 
 
 def init(spec: ModelSpec, key: Key) -> Params:
-    """Random parameters, float32, boxed with the logical names of their axes (`flax.linen.meta.unbox` takes these off)."""
+    """Random parameters, float32, boxed with the logical names of their axes; `sharding.unbox` takes these off."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Transformer(spec).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
 
@@ -215,7 +231,7 @@ def hidden(
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         attend &= same
         positions = _positions_in_segments(segment_ids)
-    return Transformer(spec).apply({"params": params}, tokens, positions, attend)[0]
+    return _apply(spec, params, tokens, positions, attend)[0]
 
 
 def unembed(spec: ModelSpec, params: Params, hidden_states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -253,16 +269,21 @@ def extend(
     before = jnp.sum(cache.mask, axis=1, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
     at = (0, cache.length)
-    cache = cache.replace(
+    cache = dataclasses.replace(
+        cache,
         positions=jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), at),
         mask=jax.lax.dynamic_update_slice(cache.mask, mask, at),
     )
     attend = _causal(mask, positions, cache.mask, cache.positions, spec.window, offset=cache.length)
-    return Transformer(spec).apply({"params": params}, tokens, positions, attend, cache)
+    return _apply(spec, params, tokens, positions, attend, cache)
+
+
+def _apply(spec, params, *inputs) -> Any:
+    return Transformer(spec).apply({"params": params}, *inputs)
 
 
 def _causal(query_mask, query_positions, key_mask, key_positions, window, *, offset):
-    """[B, T, S]: keys that are real, not later than the query and inside its window. A pad sees itself, to stay finite."""
+    """[B, T, S]: keys that are real, not later than the query, in its window. A pad sees itself, to stay finite."""
     query_slots = offset + jnp.arange(query_mask.shape[1])
     key_slots = jnp.arange(key_mask.shape[1])
     attend = key_mask[:, None, :] & (query_slots[:, None] >= key_slots[None, :])
@@ -273,6 +294,8 @@ def _causal(query_mask, query_positions, key_mask, key_positions, window, *, off
 
 
 def _positions_in_segments(segment_ids):
-    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
     index = jnp.arange(segment_ids.shape[1])
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
