@@ -24,6 +24,7 @@ setup(
         "beartype>=0.22",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets imports it and does not say so
         "array_record>=0.8",
         "sentencepiece>=0.2.1",
         "tyro>=1.0",

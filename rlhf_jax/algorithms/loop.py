@@ -94,7 +94,9 @@ class Loop:
         Raises NonFiniteError, before anything is saved, where a metric is not finite, and Stopped after a signal.
         """
         self._flush()
-        self._pending = (self._step, metrics, tokens)
+        now = time.monotonic()
+        self._pending = (self._step, metrics, tokens / max(now - self._clock, 1e-9))
+        self._clock = now
         last = self._step == self.steps
         if last or self._step % self._every == 0 or self._signal is not None:
             self._flush()
@@ -113,7 +115,7 @@ class Loop:
     def _flush(self) -> None:
         if self._pending is None:
             return
-        step, metrics, tokens = self._pending
+        step, metrics, rate = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name, value in values.items():
@@ -121,9 +123,7 @@ class Loop:
                 good = self._checkpoints.latest_step()
                 kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
                 raise NonFiniteError(f"{self.name}: {name} is {value} at step {step}; {kept}")
-        now = time.monotonic()
-        values["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
-        self._clock = now
+        values["tokens_per_second"] = rate
         self._writer.write(step, values)
         self._progress.update(step, values)
 

@@ -13,17 +13,14 @@ from rlhf_jax.types import Params
 
 
 class RewardNetwork:
-    """A reward model as a function of token rows; compiled once, for one shape."""
+    """A reward model as a function of parameters and token rows; compiled once, for one shape."""
 
-    def __init__(
-        self, spec: ModelSpec, params: Params, mesh: Mesh, *, length: int, pad_id: int, batch_size: int = 64
-    ) -> None:
-        """Rows may have at most `length` tokens, and `batch_size` must divide by the mesh's batch axes."""
-        self.params = params
+    def __init__(self, spec: ModelSpec, mesh: Mesh, *, length: int, pad_id: int, batch_size: int = 64) -> None:
+        """Rows may have at most `length` tokens; `batch_size` must divide by the mesh's batch axes."""
         self._mesh, self._length, self._pad_id, self._batch_size = mesh, length, pad_id, batch_size
         self._score = jax.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
 
-    def __call__(self, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, " n"]:
+    def __call__(self, params: Params, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, " n"]:
         """One score a row, read at its last token."""
         scores = np.zeros(len(rows), np.float32)
         for start in range(0, len(rows), self._batch_size):
@@ -35,5 +32,5 @@ class RewardNetwork:
                 mask[i, : len(row)] = True
             with sharding.scope(self._mesh):
                 batch = sharding.shard_batch(self._mesh, (tokens, mask))
-                scores[start : start + len(part)] = np.asarray(self._score(self.params, *batch))[: len(part)]
+                scores[start : start + len(part)] = np.asarray(self._score(params, *batch))[: len(part)]
         return scores

@@ -1,10 +1,9 @@
 """Completions for any number of prompts on the host: batched, padded, sharded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import sharding
@@ -57,9 +56,8 @@ class Sampler:
 
         self._generate = jax.jit(program)
 
-    def rollouts(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> list[tuple[Rollout, int]]:
+    def rollouts(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[tuple[Rollout, int]]:
         """Rollouts of whole batches on the device, each with how many of its rows are real; the others repeat one."""
-        parts = []
         for index, start in enumerate(range(0, len(prompts), self._batch_size)):
             part = list(prompts[start : start + self._batch_size])
             filled = part + [part[0]] * (self._batch_size - len(part))
@@ -67,18 +65,19 @@ class Sampler:
             with sharding.scope(self._mesh):
                 tokens, mask = sharding.shard_batch(self._mesh, batch)
                 rollout = self._generate(params, tokens, mask, jax.random.fold_in(key, index))
-            parts.append((rollout, len(part)))
-        return parts
+            yield rollout, len(part)
+
+    def batches(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[list[Sample]]:
+        """One completion a prompt, in order, a batch at a time."""
+        for index, (rollout, count) in enumerate(self.rollouts(params, prompts, key)):
+            tokens, mask = jax.device_get((rollout.tokens, rollout.completion_mask))
+            start = index * self._batch_size
+            completions = [tokens[row][mask[row]].tolist() for row in range(count)]
+            yield [
+                Sample(list(prompts[start + row]), completion, self._tokenizer.eos_id in completion)
+                for row, completion in enumerate(completions)
+            ]
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> list[Sample]:
         """One completion a prompt, in order."""
-        samples = []
-        for (rollout, count), start in zip(
-            self.rollouts(params, prompts, key), range(0, len(prompts), self._batch_size), strict=True
-        ):
-            tokens, mask = jax.device_get((rollout.tokens, rollout.completion_mask))
-            for row in range(count):
-                completion = tokens[row][np.asarray(mask[row])].tolist()
-                is_ended = bool(completion) and completion[-1] == self._tokenizer.eos_id
-                samples.append(Sample(list(prompts[start + row]), completion, is_ended))
-        return samples
+        return [sample for batch in self.batches(params, prompts, key) for sample in batch]

@@ -1,0 +1,196 @@
+"""Comparisons for reward models: sampled from a policy and judged by the gold classifier, or read from a file."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_jax.algorithms.context import Context, check_positive
+from rlhf_jax.data import preferences
+from rlhf_jax.data.formats import read_pairs
+from rlhf_jax.data.preferences import Annotators, PreferenceGroup
+from rlhf_jax.data.prompts import review_prompts
+from rlhf_jax.data.reviews import Review
+from rlhf_jax.data.text import sentence_starts
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.metrics import Progress
+from rlhf_jax.numerics import require
+from rlhf_jax.rewards.sentiment import GoldClassifier
+from rlhf_jax.sampling import Sample, Sampler, Sampling
+
+_CHARACTERS_A_TOKEN = 16  # at least, in running text: bounds what is encoded of a long review
+
+
+@dataclass(frozen=True)
+class SampledPairs:
+    """Completions of held-out reviews' prefixes, judged by the gold classifier (Rafailov et al. 2023, section 6)."""
+
+    policy: str = "sft"
+    """The stage that is sampled, or "base"."""
+    prompts: int = 1_500
+    """Prefixes of validation reviews to train on."""
+    heldout_prompts: int = 200
+    """Further prefixes, of other reviews, to evaluate on."""
+    completions: int = 4
+    """Samples a prefix; all their pairs are compared."""
+    prompt_tokens: tuple[int, int] = (2, 8)
+    """Fewest and most tokens of a prefix, BOS not counted."""
+    completion_tokens: int = 40
+    """Most tokens of a completion."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How completions are drawn."""
+    snippets: int = 0
+    """Groups, added to the train split, of as many sentences of real train reviews, judged likewise; no prompt."""
+    label_noise: float = 0.0
+    """Share of the train pairs whose label is flipped."""
+    annotators: int = 1
+    """Judges among whom the train pairs are dealt."""
+    disagreement: float = 0.0
+    """Standard deviation of an annotator's own opinion of a completion, in logits of the gold score."""
+    batch_size: int = 256
+    """Completions sampled at once."""
+
+    def __post_init__(self) -> None:
+        names = ("prompts", "heldout_prompts", "completion_tokens", "annotators", "batch_size")
+        check_positive(self, *names)
+        require("pairs.completions", self.completions, "[2, inf)")
+        require("pairs.snippets", self.snippets, "[0, inf)")
+        require("pairs.label_noise", self.label_noise, "[0, 0.5)")
+        require("pairs.disagreement", self.disagreement, "[0, inf)")
+        low, high = self.prompt_tokens
+        if not 1 <= low <= high:
+            raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {self.prompt_tokens}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row: BOS, prefix, completion."""
+        return 1 + self.prompt_tokens[1] + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class PairsFile:
+    """Rows of a JSONL file with prompt, chosen and rejected, as text or as messages."""
+
+    path: Path
+    """The file."""
+    heldout_share: float = 0.1
+    """Share of the rows, the last ones, kept for evaluation."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout_share < 1:
+            raise ValueError(f"pairs.heldout_share must be between 0 and 1, got {self.heldout_share}")
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What a reward model trains and is evaluated on."""
+
+    train: Sequence[PreferenceGroup]
+    heldout: Sequence[PreferenceGroup]
+    completions: int  # of a group, at most
+
+
+def load(pairs: SampledPairs | PairsFile, context: Context, name: str) -> Comparisons:
+    """Read the comparisons; those to be sampled are made once and kept in `<stage>/data`."""
+    if isinstance(pairs, PairsFile):
+        return _read_file(pairs, context)
+    folder = context.stage_dir(name) / "data"
+    if not preferences.exists(folder):
+        preferences.write(folder, _sample(pairs, context, name))
+    splits = preferences.read(folder)
+    return Comparisons(splits["train"], splits["heldout"], pairs.completions)
+
+
+def _read_file(pairs: PairsFile, context: Context) -> Comparisons:
+    groups = [preferences.from_pair(pair, context.tokenizer) for pair in read_pairs(pairs.path)]
+    heldout = max(1, round(len(groups) * pairs.heldout_share))
+    if len(groups) <= heldout:
+        raise UserError(f"{pairs.path}: {len(groups)} pairs; at least 2 are needed, one of them held out")
+    return Comparisons(groups[:-heldout], groups[-heldout:], 2)
+
+
+def _sample(pairs: SampledPairs, context: Context, name: str) -> dict[str, list[PreferenceGroup]]:
+    """Both splits; held-out pairs are judged without noise or disagreement."""
+    tokenizer, rng = context.tokenizer, context.rng(f"{name}/data")
+    count, k = pairs.prompts + pairs.heldout_prompts, pairs.completions
+    reviews = context.reviews.validation
+    prompts = review_prompts(reviews, tokenizer, tokens=pairs.prompt_tokens, count=count, rng=rng)
+    completions = [sample.tokens for sample in _complete(pairs, context, name, prompts)]
+    grouped = [(prompt, completions[i * k : (i + 1) * k]) for i, prompt in enumerate(prompts)]
+    heldout, train = grouped[: pairs.heldout_prompts], grouped[pairs.heldout_prompts :]
+    train += [([tokenizer.bos_id], snippets) for snippets in _snippets(pairs, context, rng)]
+    gold = GoldClassifier.fit(context.reviews.train)
+    annotators = Annotators(rng, count=pairs.annotators, disagreement=pairs.disagreement, label_noise=pairs.label_noise)
+    return {
+        "heldout": _judge(heldout, gold, tokenizer, Annotators(rng)),
+        "train": _judge(train, gold, tokenizer, annotators),
+    }
+
+
+def _complete(pairs: SampledPairs, context: Context, name: str, prompts: Sequence[list[int]]) -> list[Sample]:
+    """`completions` samples a prompt, those of one prompt side by side."""
+    sampler = Sampler(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        prompt_length=1 + pairs.prompt_tokens[1],
+        max_new_tokens=pairs.completion_tokens,
+        sampling=pairs.sampling,
+        batch_size=pairs.batch_size,
+    )
+    repeated = [prompt for prompt in prompts for _ in range(pairs.completions)]
+    params, key = context.policy_params(pairs.policy), context.key(f"{name}/data")
+    samples: list[Sample] = []
+    with Progress(f"{name}: sampling", len(repeated)) as progress:
+        for part in sampler.batches(params, repeated, key):
+            samples += part
+            progress.update(len(samples), {})
+    return samples
+
+
+def _snippets(pairs: SampledPairs, context: Context, rng: np.random.Generator) -> list[list[list[int]]]:
+    """Groups of sentences of train reviews, half of them from each source, with EOS where they end in time."""
+    by_source: dict[str, list[Review]] = {}
+    for review in context.reviews.train:
+        by_source.setdefault(review.source, []).append(review)
+    sources = list(by_source.values())
+    limit = pairs.length - 1
+
+    def snippet(index: int) -> list[int]:
+        source = sources[index % len(sources)]
+        text = source[rng.integers(len(source))].text
+        start = int(rng.choice(sentence_starts(text)))
+        tokens = context.tokenizer.encode(text[start : start + _CHARACTERS_A_TOKEN * limit])
+        return [*tokens, context.tokenizer.eos_id][:limit]
+
+    return [[snippet(group + i) for i in range(pairs.completions)] for group in range(pairs.snippets)]
+
+
+def _judge(
+    grouped: Sequence[tuple[list[int], Sequence[list[int]]]],
+    gold: GoldClassifier,
+    tokenizer: Tokenizer,
+    annotators: Annotators,
+) -> list[PreferenceGroup]:
+    """Groups with the pairs that the gold classifier prefers, which reads prompt and completion."""
+    scores = iter(gold([tokenizer.decode([*prompt, *tokens]) for prompt, own in grouped for tokens in own]).tolist())
+    groups = []
+    for prompt, own in grouped:
+        own_scores = tuple(itertools.islice(scores, len(own)))
+        judged, margins = annotators.judge(own_scores)
+        groups.append(
+            PreferenceGroup(
+                prompt=tokenizer.decode(prompt),
+                completions=tuple(tokenizer.decode(tokens) for tokens in own),
+                prompt_tokens=tuple(prompt),
+                completion_tokens=tuple(tuple(tokens) for tokens in own),
+                scores=own_scores,
+                pairs=judged,
+                margins=margins,
+                source="sampled" if len(prompt) > 1 else "reviews",
+            )
+        )
+    return groups

@@ -1,0 +1,170 @@
+"""Reward model: Bradley-Terry on comparisons (Stiennon et al. 2020; Ouyang et al. 2022).
+
+All pairs of a prompt's completions stand in one batch element, so that each completion is read once. The comparisons
+come from a file, or are made as in Rafailov et al. 2023's controlled sentiment: a policy completes prefixes of held-out
+reviews and the gold classifier judges.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rlhf_jax import losses, masking, models, sharding
+from rlhf_jax.algorithms import comparisons
+from rlhf_jax.algorithms.comparisons import PairsFile, SampledPairs
+from rlhf_jax.algorithms.context import Context, check_positive, named_stage
+from rlhf_jax.algorithms.loop import Loop, finish
+from rlhf_jax.data.preference_batches import preference_batches
+from rlhf_jax.evals.reward import evaluate_groups, review_accuracy, write_evaluation
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.numerics import require
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.network import RewardNetwork
+from rlhf_jax.train_step import make_train_step, sharded_state
+from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params, PreferenceBatch
+
+
+@dataclass(frozen=True)
+class Config:
+    """A reward model from comparisons of completions."""
+
+    init: str = "sft"
+    """The stage whose trunk it starts from, or "base"; the head is new, N(0, 1/√(d+1))."""
+    pairs: SampledPairs | PairsFile = field(default_factory=SampledPairs)
+    """The comparisons."""
+    steps: int = 200
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Prompts a step, each with all its completions."""
+    length: int = 49
+    """Tokens of a row: BOS, prompt and completion; longer prompts lose their start."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """How the gradient becomes a step."""
+    num_microbatches: int = 1
+    """Parts that a batch's gradient is accumulated over."""
+    margin_scale: float = 0.0
+    """Times a pair's own margin is what the chosen score must lead by (Touvron et al. 2023); 0: no margin."""
+    label_smoothing: float = 0.0
+    """Expected share of wrong labels."""
+    centering: float = 0.0
+    """Weight of (r_chosen + r_rejected)², which holds scores around 0 (Eisenstein et al. 2023)."""
+    normalize: bool = True
+    """Afterwards scores get mean 0 and standard deviation 1 on the held-out completions, samples of the SFT policy."""
+    evaluate_every: int = 50
+    """Steps between held-out accuracies; the last step has one too."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "length", "num_microbatches", "evaluate_every", "checkpoint_every")
+        check_positive(self, *names)
+        require("margin_scale", self.margin_scale, "[0, inf)")
+        require("label_smoothing", self.label_smoothing, "[0, 0.5)")
+        require("centering", self.centering, "[0, inf)")
+        if self.batch_size % self.num_microbatches:
+            raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
+        if isinstance(self.pairs, SampledPairs) and self.pairs.length > self.length:
+            raise ValueError(f"length={self.length} must hold BOS, prompt and completion of pairs: {self.pairs.length}")
+
+    def requires(self) -> dict[str, str]:
+        """The trunk, and the policy that is sampled."""
+        policy = {"pairs.policy": self.pairs.policy} if isinstance(self.pairs, SampledPairs) else {}
+        return named_stage(init=self.init, **policy)
+
+    def lengths(self) -> dict[str, int]:
+        """A row."""
+        return {"length": self.length}
+
+    def batch_sizes(self) -> dict[str, int]:
+        """A microbatch of a step; what samples and scores."""
+        return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+
+
+def pair_loss(spec: ModelSpec, config: Config) -> LossFn:
+    """(params, PreferenceBatch, hyper, key) -> Bradley-Terry's loss a pair, in nats."""
+
+    def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
+        del hyper, key
+        scores = batch_scores(spec, params, batch)
+        chosen, rejected = (jnp.take_along_axis(scores, batch.pairs[..., i], axis=1) for i in (0, 1))
+        loss, diagnostics = losses.bradley_terry(
+            chosen,
+            rejected,
+            margin=config.margin_scale * batch.margins,
+            label_smoothing=config.label_smoothing,
+        )
+        if config.centering:
+            loss += config.centering * losses.centering(chosen, rejected)[0]
+        judged = batch.weights > 0
+        return masking.token_mean(loss, judged), {
+            name: masking.token_mean(diagnostics[name], judged) for name in ("accuracy", "margin")
+        }
+
+    return loss_fn
+
+
+def batch_scores(spec: ModelSpec, params: Params, batch: PreferenceBatch) -> Float[Array, "b k"]:
+    """One score a completion."""
+    b, k, t = batch.tokens.shape
+    return models.score(spec, params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t)).reshape(b, k)
+
+
+def train(config: Config, context: Context, name: str) -> dict[str, Any]:
+    """Make or read the comparisons, train, normalise, evaluate; the figures are for summary.json."""
+    spec, mesh, tokenizer = context.spec, context.mesh, context.tokenizer
+    data = comparisons.load(config.pairs, context, name)
+    optimizer = config.optimizer.make(config.steps)
+    state = sharded_state(
+        mesh,
+        lambda source: models.init_with_head(spec, context.key(name), source),
+        context.policy_params(config.init),
+        optimizer,
+        {"learning_rate": config.optimizer.learning_rate},
+        context.key(name),
+    )
+    loss_fn = pair_loss(spec, config)
+    step_fn = jax.jit(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), donate_argnums=0)
+    layout = {"pad_id": tokenizer.pad_id, "completions": data.completions, "length": config.length}
+    batches = preference_batches(data.train, batch_size=config.batch_size, seed=context.seed, **layout)
+    share = config.optimizer.share(config.steps)
+    network = RewardNetwork(spec, mesh, length=config.length, pad_id=tokenizer.pad_id)
+
+    loop = Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every)
+    with loop, sharding.scope(mesh):
+        state = loop.restore(state, batches)
+        for step in loop:
+            batch = next(batches)
+            state, metrics = step_fn(state, sharding.shard_batch(mesh, batch))
+            metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                report = evaluate_groups(partial(network, state.params), data.heldout, length=config.length).pairs
+                metrics |= {"heldout_accuracy": report.accuracy, "heldout_log_loss": report.log_loss}
+            loop.record(state, metrics, tokens=int(np.sum(batch.mask)))
+
+    score = partial(network, state.params)
+    report = evaluate_groups(score, data.heldout, length=config.length)  # before normalising, which changes the odds
+    external = review_accuracy(score, context.reviews.test, tokenizer, length=config.length)
+    write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)
+    mean, std = float(report.scores.mean()), float(report.scores.std())
+    finish(context, name, normalized(state.params, mean, std) if config.normalize else state.params)
+    return {
+        "accuracy": report.pairs.accuracy,
+        "log_loss": report.pairs.log_loss,
+        "ece": report.pairs.ece,
+        "length_correlation": report.pairs.length_correlation,
+        "external_accuracy": external["accuracy"],
+        "score_mean": mean,
+        "score_std": std,
+        "steps": config.steps,
+    }
+
+
+def normalized(params: Params, mean: float, std: float) -> Params:
+    """The same reward model with its scores shifted and scaled: (r − mean) / std, folded into the head."""
+    head = params["head"]
+    return {**params, "head": {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}}

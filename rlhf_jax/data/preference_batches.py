@@ -1,0 +1,43 @@
+"""Groups of completions to endless, resumable batches. Shapes: b prompts, k completions, p pairs, t tokens."""
+
+import math
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from rlhf_jax.data.preferences import PreferenceGroup
+from rlhf_jax.types import PreferenceBatch
+
+
+def preference_batches(
+    groups: Sequence[PreferenceGroup], *, pad_id: int, batch_size: int, completions: int, length: int, seed: int
+) -> grain.DatasetIterator:
+    """Endless `PreferenceBatch`es, shuffled anew each epoch."""
+    dataset = grain.MapDataset.source(groups).seed(seed).shuffle().repeat()
+
+    def batch(rows: Sequence[PreferenceGroup]) -> PreferenceBatch:
+        return batch_groups(rows, pad_id=pad_id, completions=completions, length=length)
+
+    batches = dataset.batch(batch_size, batch_fn=batch)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int) -> PreferenceBatch:
+    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0."""
+    b, p = len(groups), math.comb(completions, 2)
+    tokens = np.full((b, completions, length), pad_id, np.int32)
+    mask = np.zeros((b, completions, length), bool)
+    completion_mask = np.zeros((b, completions, length), bool)
+    pairs = np.zeros((b, p, 2), np.int32)
+    weights, margins = np.zeros((b, p), np.float32), np.zeros((b, p), np.float32)
+    for i, group in enumerate(groups):
+        for j, row in enumerate(group.rows(length)):
+            tokens[i, j, : len(row)] = row
+            mask[i, j, : len(row)] = True
+            completion_mask[i, j, max(len(row) - len(group.completion_tokens[j]), 0) : len(row)] = True
+        n = len(group.pairs)
+        pairs[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
+        weights[i, :n] = 1
+        margins[i, :n] = group.margins
+    return PreferenceBatch(tokens, mask, completion_mask, pairs, weights, margins)
