@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import positions as mask_positions
 from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.sharding import constrain
 from rlhf_jax.types import Key, Params
 
 _REMAT_POLICIES = {
@@ -116,6 +117,7 @@ class Block(nn.Module):
         )
         x_BTD = x_BTD + attended
         x_BTD = x_BTD + FeedForward(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="mlp_norm")(x_BTD))
+        x_BTD = constrain(x_BTD, "batch", None, None)
         return (x_BTD, keys, values), None
 
 
@@ -142,7 +144,7 @@ class Transformer(nn.Module):
                 jnp.float32,
             )
         # A tied row has length about 1; a table times sqrt(d) starts the residual stream at unit size.
-        x_BTD = (embedding[tokens_BT] * s.d_model**0.5).astype(s.dtype)
+        x_BTD = constrain((embedding[tokens_BT] * s.d_model**0.5).astype(s.dtype), "batch", None, None)
         block = Block
         if s.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[s.remat])
