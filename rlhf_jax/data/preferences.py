@@ -123,7 +123,9 @@ class _Groups(Sequence[PreferenceGroup]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return _from_row(self._source[int(index)])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return _from_row(self._source[int(index) % len(self)])
 
 
 def _dataset_folder(folder: Path) -> Path:
