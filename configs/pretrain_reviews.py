@@ -6,11 +6,6 @@ Muon on the blocks' matrices, AdamW elsewhere; rows of 128 tokens that start at 
 configs/pretrain_reviews.py WORKDIR` turns the finished run into what rlhf_jax/bundled holds.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 from rlhf_jax.algorithms import pretrain
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews

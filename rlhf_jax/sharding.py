@@ -71,6 +71,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def single_device_mesh() -> Mesh:
+    """A mesh of the first device alone."""
+    sizes = {field.name: 1 for field in fields(MeshConfig)}
+    device = jax.devices()[:1]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=device)
+
+
 def batch_shards(sizes: dict[str, int]) -> int:
     """Into how many parts the rows of a batch are split."""
     return sizes["data"] * sizes["fsdp"]

@@ -9,8 +9,8 @@ import numpy as np
 
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.data import preferences
-from rlhf_jax.data.formats import read_pairs
-from rlhf_jax.data.preferences import Annotators, PreferenceGroup
+from rlhf_jax.data.formats import Pair, read_pairs
+from rlhf_jax.data.preferences import Annotators, PreferenceGroup, from_pair
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.text import sentence_starts
@@ -96,7 +96,8 @@ class Comparisons:
 def load(pairs: SampledPairs | PairsFile, context: Context, name: str) -> Comparisons:
     """Read the comparisons; those to be sampled are made once and kept in `<stage>/data`."""
     if isinstance(pairs, PairsFile):
-        return _read_file(pairs, context)
+        train, heldout = ([from_pair(row, context.tokenizer) for row in rows] for rows in split_file(pairs))
+        return Comparisons(train, heldout, 2)
     folder = context.stage_dir(name) / "data"
     if not preferences.exists(folder):
         preferences.write(folder, _sample(pairs, context, name))
@@ -104,12 +105,13 @@ def load(pairs: SampledPairs | PairsFile, context: Context, name: str) -> Compar
     return Comparisons(splits["train"], splits["heldout"], pairs.completions)
 
 
-def _read_file(pairs: PairsFile, context: Context) -> Comparisons:
-    groups = [preferences.from_pair(pair, context.tokenizer) for pair in read_pairs(pairs.path)]
-    heldout = max(1, round(len(groups) * pairs.heldout_share))
-    if len(groups) <= heldout:
-        raise UserError(f"{pairs.path}: {len(groups)} pairs; at least 2 are needed, one of them held out")
-    return Comparisons(groups[:-heldout], groups[-heldout:], 2)
+def split_file(pairs: PairsFile) -> tuple[list[Pair], list[Pair]]:
+    """The rows to train on and those held out; raises UserError with the file, and the row where one is wrong."""
+    rows = read_pairs(pairs.path)
+    heldout = max(1, round(len(rows) * pairs.heldout_share))
+    if len(rows) <= heldout:
+        raise UserError(f"{pairs.path}: {len(rows)} pairs; at least 2 are needed, one of them held out")
+    return rows[:-heldout], rows[-heldout:]
 
 
 def _sample(pairs: SampledPairs, context: Context, name: str) -> dict[str, list[PreferenceGroup]]:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -24,11 +24,19 @@ BASE = "base"
 """Names the experiment's own model where a field names a stage."""
 
 
+Kind = Literal["policy", "reward"]
+
+
 class StageConfig(Protocol):
     """What validation asks of every stage's `Config`, before anything is compiled."""
 
-    def requires(self) -> dict[str, str]:
-        """The earlier stage that each field names, BASE left out."""
+    @property
+    def produces(self) -> Kind:
+        """What the stage's parameters are."""
+        ...
+
+    def requires(self) -> dict[str, tuple[str, Kind]]:
+        """The earlier stage that each field names, BASE left out, and what it must have made."""
         ...
 
     def lengths(self) -> dict[str, int]:
@@ -37,6 +45,10 @@ class StageConfig(Protocol):
 
     def batch_sizes(self) -> dict[str, int]:
         """The rows, by field, that must divide by the mesh's batch axes."""
+        ...
+
+    def check_inputs(self) -> None:
+        """Raise UserError for a file that cannot be read to its end."""
         ...
 
 
@@ -100,9 +112,9 @@ class Context:
         return load_params(self.stage_dir(source) / "params", target)
 
 
-def named_stage(**fields: str) -> dict[str, str]:
-    """The fields that name a stage, without those that name BASE."""
-    return {field: stage for field, stage in fields.items() if stage != BASE}
+def named(kind: Kind, **fields: str) -> dict[str, tuple[str, Kind]]:
+    """The fields that name a stage of a kind, without those that name BASE."""
+    return {field: (stage, kind) for field, stage in fields.items() if stage != BASE or kind == "reward"}
 
 
 def check_positive(config: Any, *names: str) -> None:

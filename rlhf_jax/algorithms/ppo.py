@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import kl, losses, masking, models, sharding
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import onpolicy
-from rlhf_jax.algorithms.context import Context, check_positive, named_stage
+from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.evals.policy import compare, write_samples
@@ -111,9 +111,17 @@ class Config:
         ):  # fmt: skip
             require(name, vars(self)[name], interval)
 
-    def requires(self) -> dict[str, str]:
+    @property
+    def produces(self) -> Kind:
+        """A language model."""
+        return "policy"
+
+    def requires(self) -> dict[str, tuple[str, Kind]]:
         """Policy, reward model and critic."""
-        return named_stage(policy=self.policy, reward=self.reward, critic=self.critic)
+        return named("policy", policy=self.policy) | named("reward", reward=self.reward, critic=self.critic)
+
+    def check_inputs(self) -> None:
+        """No file."""
 
     def lengths(self) -> dict[str, int]:
         """BOS, prompt and completion."""

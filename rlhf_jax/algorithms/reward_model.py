@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from rlhf_jax import losses, masking, models, sharding
 from rlhf_jax.algorithms import comparisons
 from rlhf_jax.algorithms.comparisons import PairsFile, SampledPairs
-from rlhf_jax.algorithms.context import Context, check_positive, named_stage
+from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.preference_batches import preference_batches
 from rlhf_jax.evals.reward import evaluate_groups, review_accuracy, write_evaluation
@@ -71,18 +71,29 @@ class Config:
         if isinstance(self.pairs, SampledPairs) and self.pairs.length > self.length:
             raise ValueError(f"length={self.length} must hold BOS, prompt and completion of pairs: {self.pairs.length}")
 
-    def requires(self) -> dict[str, str]:
+    @property
+    def produces(self) -> Kind:
+        """A trunk and a head."""
+        return "reward"
+
+    def requires(self) -> dict[str, tuple[str, Kind]]:
         """The trunk, and the policy that is sampled."""
         policy = {"pairs.policy": self.pairs.policy} if isinstance(self.pairs, SampledPairs) else {}
-        return named_stage(init=self.init, **policy)
+        return named("policy", init=self.init, **policy)
+
+    def check_inputs(self) -> None:
+        """The comparisons' file."""
+        if isinstance(self.pairs, PairsFile):
+            comparisons.split_file(self.pairs)
 
     def lengths(self) -> dict[str, int]:
         """A row."""
         return {"length": self.length}
 
     def batch_sizes(self) -> dict[str, int]:
-        """A microbatch of a step; what samples and scores."""
-        return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+        """A microbatch of a step; what is sampled at once."""
+        rows = {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+        return rows | ({"pairs.batch_size": self.pairs.batch_size} if isinstance(self.pairs, SampledPairs) else {})
 
 
 def pair_loss(spec: ModelSpec, config: Config) -> LossFn:

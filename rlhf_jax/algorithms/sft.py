@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.algorithms.context import BASE, Context, named_stage
+from rlhf_jax.algorithms.context import BASE, Context, Kind, named
 from rlhf_jax.algorithms.supervised import SupervisedConfig, fit
 from rlhf_jax.data.formats import Example, read_examples
 from rlhf_jax.data.pipeline import packed
@@ -68,9 +68,14 @@ class Config(SupervisedConfig):
     row_length: int = 98
     """Tokens in a row; several examples are packed into one."""
 
-    def requires(self) -> dict[str, str]:
+    def requires(self) -> dict[str, tuple[str, Kind]]:
         """The stage in `init`."""
-        return named_stage(init=self.init)
+        return named("policy", init=self.init)
+
+    def check_inputs(self) -> None:
+        """The examples' file."""
+        if isinstance(self.data, Examples):
+            _split(self.data)
 
     def lengths(self) -> dict[str, int]:
         """A row."""

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from rlhf_jax import losses, models, sharding
-from rlhf_jax.algorithms.context import Context, check_positive
+from rlhf_jax.algorithms.context import Context, Kind, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.logprobs import next_token_logps
@@ -51,7 +51,12 @@ class SupervisedConfig:
         if self.heldout_rows % self.batch_size:
             raise ValueError(f"heldout_rows={self.heldout_rows} must divide by batch_size={self.batch_size}")
 
-    def requires(self) -> dict[str, str]:
+    @property
+    def produces(self) -> Kind:
+        """A language model."""
+        return "policy"
+
+    def requires(self) -> dict[str, tuple[str, Kind]]:
         """Nothing but the experiment's model."""
         return {}
 
@@ -62,6 +67,9 @@ class SupervisedConfig:
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a step."""
         return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+
+    def check_inputs(self) -> None:
+        """No file."""
 
 
 def language_model_loss(spec: ModelSpec) -> LossFn:

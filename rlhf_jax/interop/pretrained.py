@@ -1,4 +1,4 @@
-"""A model that is ready to use: its description, parameters and tokenizer; and the two ways to say which in a config."""
+"""A model that is ready to use: description, parameters, tokenizer; and the two ways to say which in a config."""
 
 import functools
 import importlib.resources

@@ -1,0 +1,299 @@
+"""An experiment as data: read from a config file, overridden by flags, checked before anything is compiled; as JSON."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+
+from rlhf_jax.algorithms.context import StageConfig
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop.pretrained import ModelConfig
+from rlhf_jax.sharding import MeshConfig, batch_shards
+
+# A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
+_STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_RESERVED = ("base", "tensorboard", "seconds", "peak_memory_bytes", "params_digest")
+
+# What a slip in a config file raises; anything else is no slip and keeps its traceback.
+_SLIPS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError,
+          TypeError, UserError, ValueError)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run does: a model, data, and the stages that train one after the other."""
+
+    model: ModelConfig
+    """The model that stages start from where they name no other stage."""
+    data: MovieReviews
+    """The texts."""
+    stages: Mapping[str, StageConfig]
+    """By name, in the order in which they run."""
+    seed: int = 0
+    """Fixes everything that is random in the run."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the devices share the work."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too."""
+
+
+def validate(experiment: Experiment, devices: int) -> None:
+    """Raise UserError, one line that names the field, for what cannot run on so many devices; nothing is compiled."""
+    for problem in ill_typed(experiment):
+        raise UserError(problem)
+    if not experiment.stages:
+        raise UserError("stages is empty: an experiment has at least one stage")
+    names = list(experiment.stages)
+    for name in names:
+        if not _STAGE_NAME.fullmatch(name) or name in _RESERVED:
+            raise UserError(
+                f"stages: {name!r} cannot name a stage; a name has letters, digits and _, and is none of "
+                f"{', '.join(_RESERVED)}"
+            )
+    sizes = experiment.mesh.resolve(devices)
+    shards, max_len = batch_shards(sizes), experiment.model.spec.max_len
+    for index, (name, stage) in enumerate(experiment.stages.items()):
+        for where, required in stage.requires().items():
+            if required not in names[:index]:
+                raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
+        for where, length in stage.lengths().items():
+            if length > max_len:
+                raise UserError(
+                    f"stages.{name}.{where}: {length} tokens, more than the model's context, "
+                    f"model.spec.max_len = {max_len}"
+                )
+        for where, rows in stage.batch_sizes().items():
+            if rows % shards:
+                raise UserError(
+                    f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the mesh, "
+                    f"data {sizes['data']} × fsdp {sizes['fsdp']}"
+                )
+
+
+def _no_such_stage(required: str, name: str, names: Sequence[str]) -> str:
+    earlier = names[: names.index(name)]
+    choices = f"earlier stages: {', '.join(earlier)}" if earlier else "no stage comes before it; 'base' is the model"
+    if required == name:
+        return f"a stage cannot build on itself ({choices})"
+    if required in names:
+        return f"the stage {required!r} runs after {name!r} ({choices})"
+    return f"there is no stage {required!r}{_nearest(required, earlier)} ({choices})"
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    """`; did you mean 'steps'?`, or nothing where no word is near."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def ill_typed(config: Any, path: str = "") -> Iterator[str]:
+    """A line for each field, in dataclasses inside too, whose value is not of its declared type; an int is a float."""
+    hints = typing.get_type_hints(type(config))
+    for one in dataclasses.fields(config):
+        where, value, hint = f"{path}{one.name}", getattr(config, one.name), hints[one.name]
+        if hint is ModelConfig:
+            fits = dataclasses.is_dataclass(value)
+        elif hint == Mapping[str, StageConfig]:
+            yield from _ill_typed_stages(value)
+            continue
+        else:
+            fits = is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
+        if not fits:
+            yield f"{where}: expected {_type_name(hint)}, got {value!r}"
+        elif dataclasses.is_dataclass(value):
+            yield from ill_typed(value, f"{where}.")
+
+
+def _ill_typed_stages(stages: Any) -> Iterator[str]:
+    if not isinstance(stages, Mapping):
+        yield f"stages: expected a dict of stages by name, got {stages!r}"
+        return
+    for name, stage in stages.items():
+        if not isinstance(name, str) or not dataclasses.is_dataclass(stage):
+            yield f"stages: expected names with a stage's Config each, got {name!r}: {stage!r}"
+        else:
+            yield from ill_typed(stage, f"stages.{name}.")
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else re.sub(r"(\w+\.)+(?=\w)", "", str(hint))
+
+
+def load_config(path: Path | str) -> Experiment:
+    """Run a config file and take the Experiment that its `get_config()` returns.
+
+    Raises UserError, one line with file, line and field, for whatever is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
+        raise UserError(f"{path}: no such config file{_nearest(str(path), siblings)}")
+    source = Path(os.path.abspath(path))  # as frames name it
+    spec = importlib.util.spec_from_file_location(f"rlhf_jax_config_{path.stem}", source)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: a config is a Python file, its name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses of the file's own look for their names
+    try:
+        spec.loader.exec_module(module)
+        if not callable(vars(module).get("get_config")):
+            raise UserError("no get_config(); a config file defines get_config() -> Experiment")
+        experiment = module.get_config()
+    except _SLIPS as error:
+        raise UserError(f"{path}{_explain(error, source)}") from error
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path}: get_config() returned {type(experiment).__name__}, not an Experiment")
+    return experiment
+
+
+def describe(path: Path | str) -> str:
+    """The docstring of a config file."""
+    return ast.get_docstring(ast.parse(Path(path).read_bytes())) or ""
+
+
+def _explain(error: Exception, source: Path) -> str:
+    """What follows the file's name in the one line about an error inside it: the line, and what would be right."""
+    if isinstance(error, SyntaxError) and error.filename == str(source):
+        return f", line {error.lineno}: {error.msg}"
+    line, message = "", " ".join(str(error).split())
+    unknown = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "__post_init__":
+            # A wrong type makes a check fail in words that do not name the field.
+            message = next(ill_typed(frame.f_locals["self"]), message)
+        elif frame.f_code.co_filename == str(source):
+            line = f", line {trace.tb_lineno}"
+            if unknown and trace.tb_next is None:
+                message = _unknown_field(unknown[1], _called(trace, source)) or message
+        trace = trace.tb_next
+    speaks_for_itself = isinstance(error, UserError | ValueError | TypeError | ImportError) and message
+    return f"{line}: {message}" if speaks_for_itself else f"{line}: {type(error).__name__}: {message}".rstrip(": ")
+
+
+def _unknown_field(name: str, called: Any) -> str | None:
+    if not (isinstance(called, type) and dataclasses.is_dataclass(called)):
+        return None
+    fields = [one.name for one in dataclasses.fields(called)]
+    return f"{called.__name__} has no field {name!r}{_nearest(name, fields) or '; it has ' + ', '.join(fields)}"
+
+
+def _called(trace: types.TracebackType, source: Path) -> Any:
+    """What the failed call in a frame of the config file calls; the compiler keeps each call's place in the file."""
+    place = list(trace.tb_frame.f_code.co_positions())[trace.tb_lasti // 2]
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(node, ast.Call) and place == (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset):
+            name = ast.unparse(node.func)
+            if re.fullmatch(r"[\w.]+", name):  # a name or an attribute: looking it up again runs nothing
+                return eval(name, trace.tb_frame.f_globals, trace.tb_frame.f_locals)
+    return None
+
+
+def parse(experiment: Experiment, flags: Sequence[str]) -> Experiment:
+    """The experiment with fields overridden by flags such as `--stages.ppo.kl.coef 0.1`.
+
+    Which class stands in a union is the config's to say. A wrong flag ends the process with tyro's message and code 2.
+    """
+    return parse_run(experiment, flags, workdir=Path("runs"), prog="rlhf-jax run", description="")[1]
+
+
+def parse_run(
+    experiment: Experiment, flags: Sequence[str], *, workdir: Path, prog: str, description: str
+) -> tuple[Path, Experiment]:
+    """Flags of `rlhf-jax run CONFIG`: the workdir and the experiment's fields."""
+    workdir_type = typing.Annotated[Path, tyro.conf.arg(help="Folder of the run's files.")]
+    # Classes in place of protocols: tyro makes flags from what the values are.
+    fields = [("workdir", workdir_type), ("model", type(experiment.model)), ("stages", dict)]
+    arguments = dataclasses.make_dataclass("Arguments", fields, bases=(Experiment,), frozen=True, kw_only=True)
+    parsed = tyro.cli(
+        arguments,
+        args=list(flags),
+        default=arguments(workdir=workdir, **_shallow(experiment)),
+        prog=prog,
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+        use_underscores=True,
+    )
+    return parsed.workdir, Experiment(**{name: vars(parsed)[name] for name in _shallow(experiment)})
+
+
+def _shallow(config: Any) -> dict[str, Any]:
+    return {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """All fields as JSON has them; where a field's type leaves the class open, "class" names it."""
+    return json.loads(json.dumps(_plain(experiment, Experiment)))
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        plain = {name: _plain(inner, hints[name]) for name, inner in _shallow(value).items()}
+        return plain if hint is type(value) else {"class": class_name(type(value)), **plain}
+    if isinstance(value, Mapping):
+        return {name: _plain(inner, Any) for name, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def class_name(cls: type) -> str:
+    """How `to_dict` names a class: a stage's `Config` by its module too, such as "sft.Config"."""
+    return f"{cls.__module__.rpartition('.')[2]}.Config" if cls.__name__ == "Config" else cls.__name__
+
+
+def from_dict(plain: Mapping[str, Any], classes: Sequence[type]) -> Experiment:
+    """Undo `to_dict`; `classes` are those that may stand for the model and the stages.
+
+    Raises UserError for a class that is not among them.
+    """
+    return _rebuild(plain, Experiment, {class_name(cls): cls for cls in classes})
+
+
+def _rebuild(plain: Any, hint: Any, classes: Mapping[str, type]) -> Any:
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(plain, Mapping) and hint == Mapping[str, StageConfig]:
+        return {name: _rebuild(inner, StageConfig, classes) for name, inner in plain.items()}
+    if isinstance(plain, Mapping):
+        fields = dict(plain)
+        known = {**classes, **{class_name(member): member for member in members if isinstance(member, type)}}
+        name = fields.pop("class", class_name(hint) if isinstance(hint, type) else None)
+        if name not in known:
+            raise UserError(f"config.json: no class {name!r} here; known: {', '.join(known)}")
+        hints = typing.get_type_hints(known[name])
+        unknown = set(fields) - set(hints)
+        if unknown:
+            raise UserError(f"config.json: {name} has no field {min(unknown)!r}; another version wrote it")
+        return known[name](**{key: _rebuild(inner, hints[key], classes) for key, inner in fields.items()})
+    if isinstance(plain, list):
+        return tuple(plain)
+    return Path(plain) if isinstance(plain, str) and Path in members else plain
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """The fields in which two results of `to_dict` differ, such as "stages.ppo.kl.coef: 0.05 there, 0.1 here"."""
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        where = f"{path}{name}"
+        if name not in old or name not in new:
+            found.append(f"{where}: only {'there' if name in old else 'here'}")
+        elif isinstance(old[name], Mapping) and isinstance(new[name], Mapping):
+            found += differences(old[name], new[name], f"{where}.")
+        elif old[name] != new[name]:
+            found.append(f"{where}: {json.dumps(old[name])} there, {json.dumps(new[name])} here")
+    return found

@@ -1,0 +1,201 @@
+"""JSONL files in TRL's formats, read strictly: an error names the file, the line and the field.
+
+Conversations (lists of {"role", "content"}) become plain text, since a base model's tokenizer has no chat template.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_jax.errors import UserError
+
+_SPEAKERS = {"system": "System", "user": "Human", "human": "Human", "assistant": "Assistant", "tool": "Tool"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A completion to learn, after its prompt (which may be empty)."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of a prompt, the first preferred; the margin says by how much, where the file does."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text, after its prompt (which may be empty), and the score that it was given."""
+
+    prompt: str
+    text: str
+    score: float
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Rows of prompt, chosen and rejected; without prompt, it is what both begin with (TRL's implicit prompt)."""
+    return _read(path, _pair)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Rows of prompt and completion, of messages (the last one is the completion), or of text."""
+    return _read(path, _example)
+
+
+def read_judged(path: Path) -> list[Pair] | list[Scored]:
+    """Pairs, or rows of text and score: the first row says which."""
+    first = next(_rows(path), None)
+    if first is not None and "text" in first[1] and "chosen" not in first[1]:
+        return _read(path, _scored)
+    return _read(path, _pair)
+
+
+def render(messages: Sequence[dict[str, str]]) -> str:
+    r"""A conversation as text, a paragraph a turn.
+
+    >>> render([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}])
+    '\n\nHuman: Hi.\n\nAssistant: Hello.'
+    """
+    return "".join(f"\n\n{_SPEAKERS[message['role']]}: {message['content']}" for message in messages)
+
+
+class _Row:
+    """A row with its place, for errors that say where."""
+
+    def __init__(self, path: Path, number: int, fields: dict[str, Any]) -> None:
+        self.place, self.fields = f"{path}, line {number}", fields
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.place}: {what}")
+
+    def number(self, name: str) -> float:
+        value = self.require(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(f"{name!r} must be a finite number, found {_short(value)}")
+        return float(value)
+
+    def require(self, name: str) -> Any:
+        if name not in self.fields:
+            raise self.error(f"no field {name!r}; the row has {', '.join(map(repr, self.fields)) or 'none'}")
+        return self.fields[name]
+
+    def text(self, name: str, *, empty: bool = False) -> str:
+        value = self.require(name)
+        if not isinstance(value, str):
+            raise self.error(f"{name!r} must be a string, found {_short(value)}")
+        if not empty and not value.strip():
+            raise self.error(f"{name!r} is empty")
+        return value
+
+    def messages(self, name: str, *, empty: bool = False) -> list[dict[str, str]]:
+        value = self.require(name)
+        if not isinstance(value, list) or not (value or empty):
+            raise self.error(f"{name!r} must be a list of messages, found {_short(value)}")
+        for message in value:
+            good = isinstance(message, dict) and isinstance(message.get("content"), str)
+            if not good or message.get("role") not in _SPEAKERS:
+                roles = ", ".join(_SPEAKERS)
+                raise self.error(f"{name!r}: a message has a role ({roles}) and a content, found {_short(message)}")
+        if value and not empty and not value[-1]["content"].strip():
+            raise self.error(f"{name!r}: the last message is empty")
+        return value
+
+    def is_list(self, name: str) -> bool:
+        return isinstance(self.require(name), list)
+
+
+def _pair(row: _Row) -> Pair:
+    margin = abs(row.number("margin")) if "margin" in row.fields else 0.0
+    if {"score_chosen", "score_rejected"} <= row.fields.keys():
+        margin = row.number("score_chosen") - row.number("score_rejected")
+    conversation = row.is_list("chosen")
+    if conversation:
+        chosen, rejected = (row.messages(name) for name in ("chosen", "rejected"))
+        if "prompt" in row.fields:
+            prompt = row.messages("prompt", empty=True) if row.is_list("prompt") else row.text("prompt", empty=True)
+        else:
+            shared = _shared(chosen[:-1], rejected[:-1])
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        before = prompt if isinstance(prompt, str) else render(prompt)
+        return Pair(before, render(chosen), render(rejected), margin)
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if "prompt" in row.fields:
+        prompt = render(row.messages("prompt")) if row.is_list("prompt") else row.text("prompt", empty=True)
+        return Pair(prompt, chosen, rejected, margin)
+    # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say.
+    shared = _shared(chosen, rejected)
+    while shared and not (
+        chosen[shared : shared + 1].isspace() and chosen[shared:].strip() and rejected[shared:].strip()
+    ):
+        shared -= 1
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], margin)
+
+
+def _example(row: _Row) -> Example:
+    if "messages" in row.fields:
+        messages = row.messages("messages")
+        return Example(render(messages[:-1]), render(messages[-1:]))
+    if "completion" in row.fields:
+        if row.is_list("completion"):
+            prompt = render(row.messages("prompt", empty=True))
+            return Example(prompt, render(row.messages("completion")))
+        return Example(row.text("prompt", empty=True), row.text("completion"))
+    if "text" in row.fields:
+        return Example("", row.text("text"))
+    fields = ", ".join(map(repr, row.fields)) or "none"
+    raise row.error(f"expected 'prompt' and 'completion', 'messages', or 'text'; the row has {fields}")
+
+
+def _scored(row: _Row) -> Scored:
+    prompt = row.text("prompt", empty=True) if "prompt" in row.fields else ""
+    return Scored(prompt, row.text("text"), row.number("score"))
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many elements two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _read(path: Path, parse: Callable[[_Row], T]) -> list[T]:
+    parsed = [parse(_Row(path, number, fields)) for number, fields in _rows(path)]
+    if not parsed:
+        raise UserError(f"{path}: no rows; a JSONL file holds one JSON object a line")
+    return parsed
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a JSONL file is needed")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: not UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {_short(fields)}")
+        yield number, fields
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

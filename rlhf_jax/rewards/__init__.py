@@ -1,0 +1,1 @@
+"""Rewards: a score for each completion, from a network or a judge."""

@@ -1,0 +1,105 @@
+"""Sentiment as a reward: a classifier fitted on labelled reviews (the gold judge), and VADER as a second reading."""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+import sklearn
+from jaxtyping import Float
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from rlhf_jax.cache import cache_dir
+from rlhf_jax.data.reviews import Review
+from rlhf_jax.errors import UserError
+
+_FEATURES = {
+    "ngram_range": (1, 2),
+    "min_df": 4,
+    "sublinear_tf": True,
+    "token_pattern": r"(?u)\b\w+\b",
+    "dtype": np.float32,
+}
+_REGULARISATION = 8.0  # the inverse weight of the L2 penalty
+_LARGEST_FEATURES = 120_000
+
+
+class GoldClassifier:
+    """P(positive) of a text by logistic regression on TF-IDF features of words and word pairs."""
+
+    def __init__(self, terms: Sequence[str], idf: np.ndarray, weights: np.ndarray, bias: float) -> None:
+        self._vectorizer = TfidfVectorizer(vocabulary=list(terms), **{**_FEATURES, "min_df": 1})
+        self._vectorizer.idf_ = idf
+        self._weights, self._bias = weights.astype(np.float32), np.float32(bias)
+
+    @classmethod
+    def fit(cls, reviews: Sequence[Review]) -> "GoldClassifier":
+        """Fit on labelled reviews, once: the result is kept in the user's cache folder by the hash of what made it."""
+        labels = [review.label for review in reviews]
+        if len(set(labels)) < 2:
+            raise UserError("data: the gold classifier needs positive and negative reviews")
+        path = cache_dir("gold") / f"{_content_hash(reviews)}.npz"
+        stored = _load(path)
+        if stored is None:
+            stored = _fit(reviews, labels)
+            _save(path, stored)
+        return cls(json.loads(str(stored["terms"])), stored["idf"], stored["weights"], float(stored["bias"]))
+
+    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, " n"]:
+        """P(positive) of each text, in [0, 1]."""
+        logits = self._vectorizer.transform(texts) @ self._weights + self._bias
+        return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+
+
+def vader(texts: Sequence[str]) -> Float[np.ndarray, " n"]:
+    """The compound score of VADER's lexicon and rules, in [−1, 1]. Hutto and Gilbert 2014."""
+    return np.asarray([_vader().polarity_scores(text)["compound"] for text in texts], np.float32)
+
+
+@functools.cache
+def _vader() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
+
+
+def _fit(reviews: Sequence[Review], labels: Sequence[int]) -> dict[str, np.ndarray]:
+    vectorizer = TfidfVectorizer(max_features=_LARGEST_FEATURES, **_FEATURES)
+    features = scipy.sparse.csr_matrix(vectorizer.fit_transform(review.text for review in reviews))
+    model = LogisticRegression(C=_REGULARISATION, solver="liblinear", random_state=0).fit(features, labels)
+    return {
+        "terms": np.asarray(json.dumps(vectorizer.get_feature_names_out().tolist())),
+        "idf": vectorizer.idf_,
+        "weights": model.coef_[0],
+        "bias": model.intercept_[0],
+    }
+
+
+def _content_hash(reviews: Sequence[Review]) -> str:
+    settings = [repr(_FEATURES), _REGULARISATION, _LARGEST_FEATURES, sklearn.__version__]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for review in reviews:
+        digest.update(f"{review.label}\0{review.text}\0".encode())
+    return digest.hexdigest()[:32]
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """What `_save` wrote; None where there is nothing, or nothing whole."""
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in ("terms", "idf", "weights", "bias")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _save(path: Path, stored: dict[str, np.ndarray]) -> None:
+    """Write by a rename, so that two runs at once, or one that is killed, leave a whole file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        np.savez_compressed(file, **stored)
+    os.replace(file.name, path)
