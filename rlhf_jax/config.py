@@ -68,9 +68,12 @@ def validate(experiment: Experiment, devices: int) -> None:
     sizes = experiment.mesh.resolve(devices)
     shards, max_len = batch_shards(sizes), experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
-        for where, required in stage.requires().items():
+        for where, (required, kind) in stage.requires().items():
             if required not in names[:index]:
                 raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
+            made = experiment.stages[required].produces
+            if made != kind:
+                raise UserError(f"stages.{name}.{where}: needs a {kind}, and the stage {required!r} makes a {made}")
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(
@@ -83,11 +86,12 @@ def validate(experiment: Experiment, devices: int) -> None:
                     f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the mesh, "
                     f"data {sizes['data']} × fsdp {sizes['fsdp']}"
                 )
+        stage.check_inputs()
 
 
 def _no_such_stage(required: str, name: str, names: Sequence[str]) -> str:
     earlier = names[: names.index(name)]
-    choices = f"earlier stages: {', '.join(earlier)}" if earlier else "no stage comes before it; 'base' is the model"
+    choices = f"earlier: {', '.join(earlier)}" if earlier else "no stage comes before it; 'base' is the model"
     if required == name:
         return f"a stage cannot build on itself ({choices})"
     if required in names:
