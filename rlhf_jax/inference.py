@@ -12,13 +12,14 @@ from scipy.stats import spearmanr
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.config import from_dict
 from rlhf_jax.data.formats import Pair, Scored, read_judged
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals import accuracy_interval
-from rlhf_jax.interop.pretrained import Bundled, Scratch
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.interop.pretrained import Bundled, ModelConfig, Scratch
 from rlhf_jax.rewards.network import RewardNetwork
+from rlhf_jax.run import STAGES
 from rlhf_jax.sampling import Sampler, Sampling
 
 BUNDLED = "bundled"
@@ -57,15 +58,14 @@ def open_run(workdir: Path) -> Run:
     if not path.is_file():
         raise UserError(f"{workdir}: no run (it has no config.json) and not {BUNDLED!r}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))["experiment"]
-        model = _model(fields["model"])
-        stages = {name: stage for name, stage in fields["stages"].items() if (workdir / name / "params").exists()}
-        lengths = {name: stage["length"] for name, stage in stages.items() if _is_reward(stage)}
-        kinds = {name: "reward" if _is_reward(stage) else "policy" for name, stage in stages.items()}
-        seed = int(fields["seed"])
+        plain = json.loads(path.read_text(encoding="utf-8"))["experiment"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-    return Run(_context(model, workdir, seed), kinds, lengths)
+    experiment = from_dict(plain, [Bundled, Scratch, *STAGES])
+    done = {name: stage for name, stage in experiment.stages.items() if (workdir / name / "params").exists()}
+    kinds = {name: stage.produces for name, stage in done.items()}
+    lengths = {name: stage.lengths()["length"] for name, stage in done.items() if stage.produces == "reward"}
+    return Run(_context(experiment.model, workdir, experiment.seed), kinds, lengths)
 
 
 def sample(run: Run, prompt: str, *, stage: str | None, n: int, max_tokens: int, sampling: Sampling, seed: int) -> Any:
@@ -145,19 +145,8 @@ def _row(context: Context, prompt: str, text: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(text), tokenizer.eos_id]
 
 
-def _context(model: Bundled | Scratch, workdir: Path, seed: int) -> Context:
+def _context(model: ModelConfig, workdir: Path, seed: int) -> Context:
     data = MovieReviews()
     return Context(
         workdir, seed, sharding.single_device_mesh(), model.load(data=data, workdir=workdir, seed=seed), data
     )
-
-
-def _model(fields: dict[str, Any]) -> Bundled | Scratch:
-    if fields["class"] == "Bundled":
-        return Bundled(unroll=fields["unroll"])
-    architecture = {name: value for name, value in fields["architecture"].items() if name != "class"}
-    return Scratch(ModelSpec(**architecture))
-
-
-def _is_reward(stage: dict[str, Any]) -> bool:
-    return "pairs" in stage

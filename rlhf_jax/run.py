@@ -35,6 +35,9 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
 }
 """What trains each kind of stage."""
 
+# Where it runs and who watches may change between sessions; what it computes may not.
+_FREE_FIELDS = ("mesh.", "wandb:")
+
 _PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
 
@@ -44,7 +47,7 @@ def run(experiment: Experiment, workdir: Path, command: list[str]) -> dict[str, 
     Raises UserError before anything is written where the experiment cannot run or the workdir belongs to another one.
     """
     validate(experiment, start_backend(experiment.mesh))
-    config = json.loads(json.dumps(to_dict(experiment)))
+    config = to_dict(experiment)
     _check_workdir(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir):
@@ -134,7 +137,7 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))["experiment"]
     except (ValueError, KeyError):
         raise UserError(f"{path} is damaged; move {workdir} away, or choose another --workdir") from None
-    changed = differences(there, config)
+    changed = [line for line in differences(there, config) if not line.startswith(_FREE_FIELDS)]
     if changed:
         raise UserError(
             f"{workdir} was made by another config: {'; '.join(changed)}; choose another --workdir, or these fields"
