@@ -147,6 +147,7 @@ def _sample(args: list[str]) -> None:
     except ValueError as error:
         raise UserError(str(error).replace("sampling.", "--")) from None
     with contextlib.redirect_stdout(sys.stderr):
+        _start()
         run = inference.open_run(a.workdir)
         result = inference.sample(
             run, a.prompt, stage=a.stage, n=a.n, max_tokens=a.max_tokens, sampling=sampling, seed=a.seed
@@ -163,6 +164,7 @@ def _score(args: list[str]) -> None:
     from rlhf_jax import inference
 
     with contextlib.redirect_stdout(sys.stderr):
+        _start()
         result = inference.score(inference.open_run(a.workdir), a.input, stage=a.stage)
     if a.json:
         print(json.dumps(result))
@@ -183,6 +185,13 @@ def _report(args: list[str]) -> None:
 
 def _parse(arguments: type[T], command: str, args: list[str]) -> T:
     return tyro.cli(arguments, prog=f"rlhf-jax {command}", args=args, use_underscores=True)
+
+
+def _start() -> None:
+    from rlhf_jax.run import start_backend
+    from rlhf_jax.sharding import MeshConfig
+
+    start_backend(MeshConfig())
 
 
 _COMMANDS: dict[str, Callable[[list[str]], Any]] = {"run": _run, "sample": _sample, "score": _score, "report": _report}

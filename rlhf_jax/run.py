@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -18,12 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import report, sharding
+from rlhf_jax import __version__, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Experiment, differences, to_dict, validate
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Params
 
@@ -35,10 +36,8 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
 }
 """What trains each kind of stage."""
 
-# Where it runs and who watches may change between sessions; what it computes may not.
-_FREE_FIELDS = ("mesh.", "wandb:")
-
-_PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
+_SESSIONS = "sessions.json"
 
 
 def run(experiment: Experiment, workdir: Path, command: list[str]) -> dict[str, Any]:
@@ -46,27 +45,23 @@ def run(experiment: Experiment, workdir: Path, command: list[str]) -> dict[str, 
 
     Raises UserError before anything is written where the experiment cannot run or the workdir belongs to another one.
     """
-    validate(experiment, start_backend(experiment.mesh))
+    _check(experiment)
     config = to_dict(experiment)
     _check_workdir(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
     with _locked(workdir):
-        if (workdir / "summary.json").exists():
-            say(f"{workdir} is complete; its figures are in summary.json and report.html")
-            return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        _write_json(workdir / "config.json", {"experiment": config, **_provenance(command)})
-        with _session(workdir):
-            context = Context(
-                workdir=workdir,
-                seed=experiment.seed,
-                mesh=sharding.make_mesh(experiment.mesh),
-                model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed),
-                data=experiment.data,
-                wandb=experiment.wandb,
-            )
-            for name, stage in experiment.stages.items():
-                _run_stage(name, stage, context)
-        return _finish(experiment, context)
+        if _is_complete(workdir, experiment):
+            say(f"{workdir} is complete: its figures are in summary.json and report.html")
+        else:
+            if not (workdir / "config.json").exists():
+                _write_json(workdir / "config.json", {"experiment": config, **_provenance(command)})
+            _train(experiment, workdir)
+        if not (workdir / "report.html").exists():
+            report.write(workdir)
+        return _read_json(workdir / "summary.json")
 
 
 def start_backend(mesh: MeshConfig) -> int:
@@ -86,12 +81,13 @@ def start_backend(mesh: MeshConfig) -> int:
 
 
 def params_digest(params: Params) -> str:
-    """sha256 of names, types, shapes and bytes of parameters."""
+    """sha256 of names, types, shapes and bytes of parameters, in the order of the names."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     digest = hashlib.sha256()
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    for name in sorted(leaves):
-        array = np.asarray(leaves[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+    for name in sorted(named):
+        array = np.asarray(named[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
 
@@ -101,47 +97,78 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run_stage(name: str, stage: Any, context: Context) -> None:
-    done = context.stage_dir(name) / "summary.json"
-    if done.exists():
-        say(f"{name}: finished before")
-        return
-    summary = STAGES[type(stage)](stage, context, name)
-    _write_json(done, summary)
-    figures = "  ".join(f"{key} {value:.4g}" for key, value in summary.items())
-    say(f"{name}: {figures}")
-
-
-def _finish(experiment: Experiment, context: Context) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
-    digests: dict[str, str] = {}
+def _check(experiment: Experiment) -> None:
+    """All that can be wrong before anything is compiled or written."""
+    validate(experiment, start_backend(experiment.mesh))
     for name, stage in experiment.stages.items():
-        summary[name] = json.loads((context.stage_dir(name) / "summary.json").read_text(encoding="utf-8"))
-        load = context.head_params if stage.produces == "reward" else context.policy_params
-        digests[name] = params_digest(load(name))
-    summary |= json.loads((context.workdir / _SESSIONS).read_text(encoding="utf-8"))
-    summary["params_digest"] = digests
-    _write_json(context.workdir / "summary.json", summary)
-    page = report.write(context.workdir)
-    say(f"{context.workdir / 'summary.json'} and {page} are written")
-    return summary
+        if type(stage) not in STAGES:
+            known = ", ".join(cls.__module__.rpartition(".")[2] for cls in STAGES)
+            raise UserError(f"stages.{name}: {type(stage).__name__} is no stage's Config; there are {known}")
+    # The shapes of the parameters, without parameters.
+    boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
+    sharding.shardings(sharding.make_mesh(experiment.mesh), boxed)
 
 
 def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file, not a folder")
+    """Raise UserError unless the folder is this experiment's, or new."""
     path = workdir / "config.json"
     if not path.exists():
+        if workdir.is_dir() and any(not inside.name.startswith(".") for inside in workdir.iterdir()):
+            raise UserError(f"--workdir {workdir} holds files and no run; choose an empty or a new folder")
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir {workdir} is a file, not a folder")
         return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))["experiment"]
-    except (ValueError, KeyError):
-        raise UserError(f"{path} is damaged; move {workdir} away, or choose another --workdir") from None
-    changed = [line for line in differences(there, config) if not line.startswith(_FREE_FIELDS)]
+    there = _read_json(path).get("experiment")
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is damaged: it has no 'experiment'; choose another --workdir")
+    changed = differences(there, config)
     if changed:
         raise UserError(
-            f"{workdir} was made by another config: {'; '.join(changed)}; choose another --workdir, or these fields"
+            f"{workdir} was made by another config: {'; '.join(changed)}. Choose another --workdir, or those values"
         )
+
+
+def _is_complete(workdir: Path, experiment: Experiment) -> bool:
+    path = workdir / "summary.json"
+    return path.exists() and set(experiment.stages) <= set(_read_json(path))
+
+
+def _train(experiment: Experiment, workdir: Path) -> None:
+    with _session(workdir):
+        context = Context(
+            workdir=workdir,
+            seed=experiment.seed,
+            mesh=sharding.make_mesh(experiment.mesh),
+            model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed),
+            data=experiment.data,
+            wandb=experiment.wandb,
+        )
+        for name, stage in experiment.stages.items():
+            _run_stage(name, stage, context)
+        summary: dict[str, Any] = {name: _read_json(_done(context, name)) for name in experiment.stages}
+        digests = {}
+        for name, stage in experiment.stages.items():
+            load = context.head_params if stage.produces == "reward" else context.policy_params
+            digests[name] = params_digest(load(name))
+    _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
+    say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+
+
+def _run_stage(name: str, stage: Any, context: Context) -> None:
+    if _done(context, name).exists():
+        say(f"{name}: finished before")
+        return
+    summary = STAGES[type(stage)](stage, context, name)
+    for key, value in summary.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise NonFiniteError(f"{name}: {key} is {value} at the end; its checkpoints are kept")
+    _write_json(_done(context, name), summary)
+    say(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+
+
+def _done(context: Context, name: str) -> Path:
+    """A stage's own summary, which says that it is finished."""
+    return context.stage_dir(name) / "summary.json"
 
 
 @contextlib.contextmanager
@@ -155,48 +182,64 @@ def _locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-_SESSIONS = "sessions.json"
-
-
 @contextlib.contextmanager
 def _session(workdir: Path) -> Iterator[None]:
     """Add this session's seconds, and its memory if it is the largest, to those before it; however it ends."""
     path, start = workdir / _SESSIONS, time.monotonic()
-    before = {"seconds": 0.0, "peak_memory_bytes": 0}
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    before = _read_json(path) if path.exists() else {"seconds": 0.0, "peak_memory_bytes": 0}
     try:
         yield
     finally:
-        unit = 1 if platform.system() == "Darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         seconds = round(before["seconds"] + time.monotonic() - start, 1)
-        _write_json(path, {"seconds": seconds, "peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
+        _write_json(path, {"seconds": seconds, "peak_memory_bytes": max(_peak_memory(), before["peak_memory_bytes"])})
+
+
+def _peak_memory() -> int:
+    """The most memory that this process or a child of it has held, in bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts in ru_maxrss what the parent held before it started this process
+        own = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return max(own, children) * unit
 
 
 def _provenance(command: list[str]) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    versions = {"rlhf_jax": __version__, "python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {"versions": versions, "commit": _commit(), "command": command}
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, where it runs from a checkout; "+" after it where files differ from it."""
-    here = Path(__file__).parent
+    """The commit of the checkout that the code runs from, or is used in; "+" after it where files differ from it."""
+    for folder in (Path(__file__).parent, Path.cwd() / "rlhf_jax"):
+        try:
+            if _git(folder, "ls-files", "__init__.py"):  # else a checkout of something else, or none
+                changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+                return _git(folder, "rev-parse", "HEAD") + ("+" if changed else "")
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def _git(folder: Path, *args: str) -> str:
+    command = ["git", *args]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        if commit.returncode:
-            return None
-        changes = ["git", "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(changes, cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

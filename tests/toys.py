@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.algorithms.context import Context, Kind, named
-from rlhf_jax.checkpoint import save_params
+from rlhf_jax.checkpoint import load_params, save_params
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
@@ -96,6 +97,11 @@ def train(config: ToyStage, context: Context, name: str) -> dict[str, Any]:
     values = np.arange(4, dtype=np.float32) * config.steps + context.seed
     save_params(context.stage_dir(name) / "params", {"layer": {"kernel": jnp.asarray(values)}})
     return {"loss": 1 / config.steps, "steps": config.steps}
+
+
+def read(stage_dir: Path) -> Any:
+    """What `train` wrote."""
+    return load_params(stage_dir / "params", {"layer": {"kernel": jax.ShapeDtypeStruct((4,), jnp.float32)}})
 
 
 def experiment(**changes: Any) -> Experiment:
