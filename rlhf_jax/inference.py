@@ -8,75 +8,76 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.stats import spearmanr
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms.context import BASE, Context
-from rlhf_jax.config import from_dict
+from rlhf_jax.algorithms.context import BASE, Context, Kind, StageConfig
+from rlhf_jax.config import Experiment, from_dict
 from rlhf_jax.data.formats import Pair, Scored, read_judged
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals import accuracy_interval
-from rlhf_jax.interop.pretrained import Bundled, ModelConfig, Scratch
+from rlhf_jax.evals import evaluate_pairs
+from rlhf_jax.evals.ranking import evaluate_ranking
+from rlhf_jax.interop.pretrained import Bundled, Scratch
+from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.rewards.network import RewardNetwork
 from rlhf_jax.run import STAGES
 from rlhf_jax.sampling import Sampler, Sampling
 
 BUNDLED = "bundled"
-"""The name, where a workdir may stand, of the model in the package."""
+"""Where a workdir may stand, the model in the package."""
 
-_BATCH = 64
+MODELS = (Bundled, Scratch)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A workdir with the stages in it that are finished."""
+    """A workdir with its finished stages; the package's own model has none, only BASE."""
 
     context: Context
-    stages: dict[str, str]  # name -> "policy" or "reward"
-    lengths: dict[str, int]  # of a reward model's rows, by stage
+    stages: dict[str, StageConfig]
 
-    def pick(self, stage: str | None, kind: str) -> str:
-        """The stage asked for, or the last of a kind; UserError where there is none."""
-        names = [name for name, made in self.stages.items() if made == kind]
-        if stage is None and names:
-            return names[-1]
-        if stage in names:
+    def pick(self, stage: str | None, kind: Kind) -> str:
+        """The stage asked for, or the last of its kind; raises UserError where there is none."""
+        names = [name for name, config in self.stages.items() if config.produces == kind]
+        known = [BASE, *names] if kind == "policy" else names
+        if stage is None and known:
+            return known[-1]
+        if stage in known:
             return stage
-        known = ", ".join(names) or "none"
-        what = (
-            f"--stage {stage}: no finished stage of that name makes a {kind}" if stage else f"no finished {kind} stage"
-        )
-        raise UserError(f"{self.context.workdir}: {what}; there are: {known}")
+        there = f"there are: {', '.join(known)}" if known else "there is none"
+        asked = f"--stage {stage}: no finished stage of that name" if stage else "no finished stage"
+        raise UserError(f"{self.context.workdir}: {asked} made a {kind}; {there}")
 
 
 def open_run(workdir: Path) -> Run:
-    """Read a run's config.json; "bundled" is the package's own model, with one stage, "base"."""
+    """The run in a folder, read from its config.json; "bundled", unless there is such a folder, is the package's model.
+
+    Raises UserError where there is no run, or not one that this version can read.
+    """
     if str(workdir) == BUNDLED and not workdir.exists():
-        return Run(_context(Bundled(), workdir, 0), {BASE: "policy"}, {})
+        return Run(_context(Experiment(Bundled(), MovieReviews(), {}), workdir), {})
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"{workdir}: no run (it has no config.json) and not {BUNDLED!r}")
+        raise UserError(f"{workdir}: no run (there is no config.json in it), and not {BUNDLED!r}")
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))["experiment"]
+        experiment = from_dict(json.loads(path.read_bytes())["experiment"], [*MODELS, *STAGES])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-    experiment = from_dict(plain, [Bundled, Scratch, *STAGES])
-    done = {name: stage for name, stage in experiment.stages.items() if (workdir / name / "params").exists()}
-    kinds = {name: stage.produces for name, stage in done.items()}
-    lengths = {name: stage.lengths()["length"] for name, stage in done.items() if stage.produces == "reward"}
-    return Run(_context(experiment.model, workdir, experiment.seed), kinds, lengths)
+    finished = {name: stage for name, stage in experiment.stages.items() if (workdir / name / "params").is_dir()}
+    return Run(_context(experiment, workdir), finished)
 
 
-def sample(run: Run, prompt: str, *, stage: str | None, n: int, max_tokens: int, sampling: Sampling, seed: int) -> Any:
+def sample(
+    run: Run, prompt: str, *, stage: str | None, n: int, max_tokens: int, sampling: Sampling, seed: int
+) -> dict[str, Any]:
     """N completions of a prompt: {"prompt", "stage", "completions": [{"text", "ended", "tokens"}]}."""
     context, tokenizer = run.context, run.context.tokenizer
     name = run.pick(stage, "policy")
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(tokens) + max_tokens > context.spec.max_len:
         raise UserError(
-            f"--prompt has {len(tokens)} tokens and --max-tokens is {max_tokens}: more than the model's context, "
-            f"{context.spec.max_len}"
+            f"--prompt has {len(tokens)} tokens (with BOS) and --max_tokens is {max_tokens}: more than the model's "
+            f"context, {context.spec.max_len}"
         )
     sampler = Sampler(
         context.spec,
@@ -93,60 +94,55 @@ def sample(run: Run, prompt: str, *, stage: str | None, n: int, max_tokens: int,
 
 
 def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
-    """A reward model on a file: accuracy on its pairs, or how its scores agree with the file's.
+    """How a reward model ranks the rows of a JSONL file: {"n", "accuracy", "interval", "mean_margin", "cut", "stage"}.
 
-    Pairs: {"n", "accuracy", "interval", "mean_margin", "cut", "stage"}. Rows of text and score: the same, with accuracy
-    over all pairs of rows that the file scores differently and the interval of as many independent pairs as there are
-    rows, and "spearman". `cut` counts rows that were too long.
+    n counts pairs: the file's, or, where it has texts with scores, all pairs of texts with different scores. `cut`
+    counts the rows of the file that were longer than those that the model was trained on, and were cut to that.
     """
     name = run.pick(stage, "reward")
     judged = read_judged(path)
-    context, length = run.context, run.lengths[name]
-    network = RewardNetwork(
-        context.spec, context.mesh, length=length, pad_id=context.tokenizer.pad_id, batch_size=_BATCH
-    )
-    params = context.head_params(name)
+    context, length = run.context, max(run.stages[name].lengths().values())
     rows: list[list[int]] = []
-    for row in judged:
-        texts = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.text,)
-        rows += [_row(context, row.prompt, text) for text in texts]
-    cut = sum(len(row) > length for row in rows)
-    scores = network(params, [row[-length:] for row in rows])
-    if isinstance(judged[0], Pair):
-        margins = scores[::2] - scores[1::2]
-        wins = float(np.sum((np.sign(margins) + 1) / 2))
-        n, extra = len(margins), {}
+    cut = 0
+    for one in judged:
+        texts = (one.chosen, one.rejected) if isinstance(one, Pair) else (one.text,)
+        encoded = [_row(context.tokenizer, one.prompt, text, length) for text in texts]
+        rows += [row for row, _ in encoded]
+        cut += any(was_cut for _, was_cut in encoded)
+    network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=context.tokenizer.pad_id)
+    scores = network(context.head_params(name), rows)
+    targets = [one.score for one in judged if isinstance(one, Scored)]
+    return {**_agreement(scores, targets, path), "cut": cut, "stage": name}
+
+
+def _agreement(scores: np.ndarray, targets: Sequence[float], path: Path) -> dict[str, Any]:
+    """The figures for texts with scores, or, where there are no targets, for chosen and rejected in turn."""
+    if not targets:
+        report = evaluate_pairs(scores[::2], scores[1::2], scores=scores, lengths=np.zeros(len(scores)))
+        n = report.n
     else:
-        margins, extra = _against(scores, [row.score for row in judged if isinstance(row, Scored)])
-        n = len(judged)
-        wins = float(np.mean((np.sign(margins) + 1) / 2)) * n
+        try:
+            report = evaluate_ranking(scores, np.asarray(targets))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        n = report.pairs
     return {
         "n": n,
-        "accuracy": wins / n,
-        "interval": list(accuracy_interval(wins, n)),
-        "mean_margin": float(np.mean(margins)),
-        **extra,
-        "cut": cut,
-        "stage": name,
+        "accuracy": report.accuracy,
+        "interval": list(report.interval),
+        "mean_margin": report.mean_margin,
     }
 
 
-def _against(scores: np.ndarray, given: Sequence[float]) -> tuple[np.ndarray, dict[str, float]]:
-    """Score gaps, winner minus loser, of all rows that the file scores differently; and the rank correlation."""
-    targets = np.asarray(given)
-    better, worse = np.nonzero(targets[:, None] > targets[None, :])
-    if not len(better):
-        raise UserError("--input: every row has the same score, so there is nothing to rank")
-    return scores[better] - scores[worse], {"spearman": float(spearmanr(scores, targets).statistic)}
+def _row(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], bool]:
+    """BOS, prompt, text, EOS, and whether it was cut; the prompt loses its start, then the text its end."""
+    before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    after = [*tokenizer.encode(text), tokenizer.eos_id]
+    kept = after[: length - 1]
+    return before[-(length - len(kept)) :] + kept, len(before) + len(after) > length
 
 
-def _row(context: Context, prompt: str, text: str) -> list[int]:
-    tokenizer = context.tokenizer
-    return [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(text), tokenizer.eos_id]
-
-
-def _context(model: ModelConfig, workdir: Path, seed: int) -> Context:
-    data = MovieReviews()
-    return Context(
-        workdir, seed, sharding.single_device_mesh(), model.load(data=data, workdir=workdir, seed=seed), data
-    )
+def _context(experiment: Experiment, workdir: Path) -> Context:
+    """A stage's surroundings on one device."""
+    model = experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed)
+    return Context(workdir, experiment.seed, sharding.single_device_mesh(), model, experiment.data)

@@ -1,0 +1,206 @@
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import inference, models, sharding
+from rlhf_jax.algorithms import reward_model, sft
+from rlhf_jax.checkpoint import save_params
+from rlhf_jax.config import Experiment, to_dict
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop.pretrained import TOKENIZER_FILE, Pretrained
+from rlhf_jax.interop.tokenizers import SentencePiece
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.sampling import Sampling
+
+SPEC = ModelSpec(vocab_size=4096, d_model=8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8, max_len=64)
+PAIRS = [
+    {"prompt": "The film", "chosen": " is a delight.", "rejected": " is a bore."},
+    {"prompt": "", "chosen": "Lovely!", "rejected": "Dreadful, and far too long."},
+    {"prompt": "I", "chosen": " loved every minute of it", "rejected": " slept."},
+    {"prompt": "Oh " * 60, "chosen": " no", "rejected": " yes"},
+]
+
+
+def params(init, seed):
+    """Random parameters without compiling anything."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: sharding.unbox(init(SPEC, jax.random.key(0))))
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model with the package's tokenizer."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return SPEC
+
+    def load(self, *, data, workdir, seed) -> Pretrained:
+        model = resources.files("rlhf_jax") / "bundled" / TOKENIZER_FILE
+        return Pretrained(SPEC, params(models.init, seed), SentencePiece(model.read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose stages were never trained: a policy, a reward model, and a policy that is not finished."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    stages = {"sft": sft.Config(row_length=64), "reward_model": reward_model.Config(), "sft2": sft.Config(init="sft")}
+    experiment = Experiment(Tiny(), MovieReviews(), stages, seed=3)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"experiment": to_dict(experiment)}))
+    save_params(folder / "sft" / "params", params(models.init, 1))
+    save_params(folder / "reward_model" / "params", params(models.init_with_head, 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "MODELS", (Tiny,))
+        yield inference.open_run(workdir)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def refused(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(function, params, tokens, length):
+    """A network's output for one row, padded to the model's context."""
+    mask = jnp.arange(SPEC.max_len) < length
+    return function(SPEC, params, tokens[None], mask[None])[0]
+
+
+def padded(tokens):
+    return jnp.asarray(tokens + [0] * (SPEC.max_len - len(tokens))), len(tokens)
+
+
+def score_of(run, prompt: str, text: str) -> float:
+    """The reward model's score of a row that fits."""
+    tokenizer = run.context.tokenizer
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(text), tokenizer.eos_id]
+    return float(read(models.score, run.context.head_params("reward_model"), *padded(tokens)))
+
+
+class TestOpen:
+    def test_finished_stages(self, run):
+        assert list(run.stages) == ["sft", "reward_model"]
+        assert run.context.seed == 3
+        assert run.pick(None, "policy") == "sft"
+        assert run.pick("base", "policy") == "base"
+        assert run.pick(None, "reward") == "reward_model"
+
+    def test_no_such_stage(self, run, workdir):
+        assert refused(run.pick, "ppo", "policy") == (
+            f"{workdir}: --stage ppo: no finished stage of that name made a policy; there are: base, sft"
+        )
+        assert "made a reward; there are: reward_model" in refused(run.pick, "sft", "reward")
+
+    def test_no_run(self, tmp_path):
+        assert "no run (there is no config.json in it), and not 'bundled'" in refused(inference.open_run, tmp_path)
+        (tmp_path / "config.json").write_text('{"experiment": {}')
+        assert "config.json is damaged" in refused(inference.open_run, tmp_path)
+        (tmp_path / "config.json").write_text("{}")
+        assert "config.json is damaged: KeyError 'experiment'" in refused(inference.open_run, tmp_path)
+
+
+class TestSample:
+    def sample(self, run, **changes):
+        given = {"stage": None, "n": 3, "max_tokens": 6, "sampling": Sampling(), "seed": 0} | changes
+        return inference.sample(run, "This film", **given)
+
+    def test_n_different_completions_that_the_seed_fixes(self, run):
+        result = self.sample(run)
+        assert (result["prompt"], result["stage"]) == ("This film", "sft")
+        assert len({one["text"] for one in result["completions"]}) == 3
+        assert all(1 <= one["tokens"] <= 6 for one in result["completions"])
+        assert self.sample(run) == result
+        assert self.sample(run, seed=1) != result
+
+    def test_cold_samples_are_the_most_probable_tokens(self, run):
+        tokenizer, trained = run.context.tokenizer, run.context.policy_params("sft")
+        tokens = [tokenizer.bos_id, *tokenizer.encode("This film")]
+        start = len(tokens)
+        for _ in range(4):
+            tokens.append(int(read(models.logits, trained, *padded(tokens))[len(tokens) - 1].argmax()))
+        (one,) = self.sample(run, n=1, max_tokens=4, sampling=Sampling(temperature=1e-4))["completions"]
+        assert one["text"] == tokenizer.decode(tokens[start:])
+
+    def test_stages_differ(self, run):
+        assert self.sample(run, stage="base")["completions"] != self.sample(run)["completions"]
+
+    def test_too_long(self, run):
+        assert "--prompt has 3 tokens (with BOS) and --max_tokens is 62: more than the model's context, 64" in refused(
+            self.sample, run, max_tokens=62
+        )
+
+
+class TestScore:
+    def test_pairs(self, run, write):
+        result = inference.score(run, write(PAIRS[:3]), stage=None)
+        chosen, rejected = ([score_of(run, p["prompt"], p[key]) for p in PAIRS[:3]] for key in ("chosen", "rejected"))
+        margins = np.subtract(chosen, rejected)
+        assert list(result) == ["n", "accuracy", "interval", "mean_margin", "cut", "stage"]
+        assert (result["n"], result["cut"], result["stage"]) == (3, 0, "reward_model")
+        assert result["accuracy"] == pytest.approx(np.mean(margins > 0))
+        assert result["mean_margin"] == pytest.approx(np.mean(margins), abs=1e-5)
+        low, high = result["interval"]
+        assert 0 <= low <= result["accuracy"] <= high <= 1
+        json.dumps(result)
+
+    def test_rows_that_are_too_long_are_cut_and_counted(self, run, write):
+        long = {"prompt": "", "chosen": "word " * 100, "rejected": "short"}
+        assert inference.score(run, write([*PAIRS, long]), stage=None)["cut"] == 2
+
+    def test_cut_keeps_the_completion_then_what_stands_next_to_it(self, run):
+        tokenizer = run.context.tokenizer
+        prompt, text = tokenizer.encode("a b c d e f g"), tokenizer.encode(" h i j")
+        whole = [tokenizer.bos_id, *prompt, *text, tokenizer.eos_id]
+        assert inference._row(tokenizer, "a b c d e f g", " h i j", len(whole)) == (whole, False)
+        assert inference._row(tokenizer, "a b c d e f g", " h i j", 6) == (whole[-6:], True)
+        assert inference._row(tokenizer, "", " h i j", 3) == ([tokenizer.bos_id, *text[:2]], True)
+
+    def test_texts_with_scores(self, run, write):
+        texts = ["Lovely!", "A bore.", "It is a film", "I slept through most of it"]
+        targets = [3, 1, 2, 1]
+        scores = [score_of(run, "", text) for text in texts]
+        won = [scores[i] > scores[j] for i in range(4) for j in range(4) if targets[i] > targets[j]]
+        rows = [{"text": text, "score": target} for text, target in zip(texts, targets, strict=True)]
+        result = inference.score(run, write(rows), stage="reward_model")
+        assert (result["n"], result["accuracy"]) == (5, pytest.approx(np.mean(won)))
+
+    def test_bad_rows(self, run, write):
+        assert "rows.jsonl, line 2: 'chosen' is empty" in refused(
+            inference.score, run, write([PAIRS[0], {**PAIRS[0], "chosen": ""}]), stage=None
+        )
+        assert "no rows" in refused(inference.score, run, write([]), stage=None)
+        same = [{"text": text, "score": 1} for text in "ab"]
+        assert "rows.jsonl: all targets are equal" in refused(inference.score, run, write(same), stage=None)
+
+
+def test_bundled_is_the_model_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = inference.open_run(inference.Path("bundled"))
+    assert run.pick(None, "policy") == "base"
+    assert "there is none" in refused(run.pick, None, "reward")
