@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -95,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped; the same command goes on", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"error: no space left on the disk{where}; free some and repeat the command", file=sys.stderr)
+        return 2
 
 
 def _dispatch(args: list[str]) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax import config
+from rlhf_jax import config, inference, run
 from rlhf_jax.config import Experiment
 from rlhf_jax.errors import UserError
 from rlhf_jax.kl import AdaptiveKL, FixedKL
@@ -33,6 +33,7 @@ def get_config():
         },
     )
 """
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SFT_LINE = CONFIG.splitlines().index('            "sft": toys.ToyStage(steps=5),') + 1
 
 
@@ -211,6 +212,18 @@ class TestFile:
         assert fail(config.load_config, "toyy.py") == "toyy.py: no such config file; did you mean 'toy.py'?"
         assert fail(config.load_config, "elsewhere/x.py") == "elsewhere/x.py: no such config file"
         assert "its name ends in .py" in fail(config.load_config, write(name="toy.txt"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.py")), ids=lambda path: path.stem
+)
+def test_shipped_config(path):
+    """Runs on one device and on four, says what it is for, and comes back from config.json."""
+    loaded = config.load_config(path)
+    config.validate(loaded, 1)
+    config.validate(config.parse(loaded, ["--mesh.fsdp", "4"]), 4)
+    assert f"rlhf-jax run configs/{path.name}" in config.describe(path)
+    assert config.from_dict(config.to_dict(loaded), [*inference.MODELS, *run.STAGES]) == loaded
 
 
 def stages(**changes):
