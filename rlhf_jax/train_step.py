@@ -58,6 +58,15 @@ def make_train_step(
     return train_step
 
 
+def compiled(step: Callable[..., tuple], state: Any, *, others: int = 1) -> Callable[..., tuple]:
+    """Jit of (state, …) -> (state, and `others` more), the state donated and given back in the layout that it came in.
+
+    Without the layout, the compiler picks one for what comes out, and the second call compiles again.
+    """
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, *(None,) * others))
+
+
 def in_parts(fn: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
     """fn(batch) for a row-wise function, computed for a part of the rows at a time to save memory."""
     if parts == 1:

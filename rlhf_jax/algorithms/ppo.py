@@ -32,7 +32,7 @@ from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import Sampling, ended, generate
-from rlhf_jax.train_step import in_parts, keep_if, make_train_step, sharded_state
+from rlhf_jax.train_step import compiled, in_parts, keep_if, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
 
@@ -192,7 +192,11 @@ class Algorithm:
         return state.replace(kl=controller), {**metrics, **reward_metrics, **update_metrics}, rollout
 
     def score(self, rollout: Rollout, state: State, frozen: Frozen) -> tuple[Rollout, Metrics]:
-        """Scores, reference log-probs and values of a rollout, and what compares policy and reference."""
+        """Scores, log-probs, reference log-probs and values of a rollout, and what compares policy and reference.
+
+        The behaviour policy's log-probs are read again without a cache, as training reads them; `sampling_deviation`
+        says how far the sampler's own were from them.
+        """
         c = self.config
 
         def part(rows: Rollout) -> tuple[Array, ...]:
@@ -212,7 +216,8 @@ class Algorithm:
 
         logps, ref_logps, entropies, exact, values, scores = in_parts(part, rollout, c.minibatches * c.num_microbatches)
         pad = partial(jnp.pad, pad_width=((0, 0), (c.prompt_length, 0)))
-        rollout = rollout.replace(ref_logps=pad(ref_logps), values=pad(values), scores=scores)
+        sampled_logps = rollout.logps
+        rollout = rollout.replace(logps=pad(logps), ref_logps=pad(ref_logps), values=pad(values), scores=scores)
         mask = rollout.completion_mask
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
         kept = mask[:, c.prompt_length :]
@@ -222,8 +227,7 @@ class Algorithm:
             "seq_kl": k1.sum(-1).mean(),
             "seq_kl_exact": exact[: c.exact_kl_rows].sum(-1).mean(),
             "entropy": masking.masked_mean(entropies, kept),
-            # Two programs computed the same number, one with a cache and one without: the ratio before any update.
-            "ratio_deviation": jnp.max(jnp.abs(jnp.expm1(pad(logps) - rollout.logps)), where=mask, initial=0),
+            "sampling_deviation": largest_deviation(rollout.logps, sampled_logps),
             "length": mask.sum(-1).mean(dtype=jnp.float32),
             "no_eos": jnp.mean(~ended(rollout, self.eos_id), dtype=jnp.float32),
         }
@@ -263,9 +267,12 @@ class Algorithm:
             policy_metrics["stopped"] = stopped.astype(jnp.float32)
             return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
 
+        first = jax.tree.map(lambda x: x[rows[0]], rollout)
+        deviation = largest_deviation(self.logps(state.policy.params, first), first.logps[:, c.prompt_length :])
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
         policy, critic = jax.tree.map(jnp.mean, (policy, critic))
         return state, {
+            "ratio_deviation": deviation,
             "policy_loss": policy["loss"],
             "value_loss": critic["loss"],
             "policy_clipped": policy["policy_clipped"],
@@ -312,10 +319,22 @@ class Algorithm:
 
         return loss_fn
 
+    def logps(self, params: Params, rollout: Rollout) -> Float[Array, "b n"]:
+        """Log-probs of the completion's tokens, 0 elsewhere, as the loss computes them."""
+        window = slice(self.config.prompt_length, None)
+        logits, tokens = self.completion_logits(params, rollout), rollout.tokens[:, window]
+        logps = token_logps(logits, tokens, temperature=self.config.sampling.temperature)
+        return masking.keep(logps, rollout.completion_mask[:, window])
+
     def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
         """Logits that predict the completion's tokens; prompts never reach the vocabulary."""
         states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)
         return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1])
+
+
+def largest_deviation(logps: Float[Array, "b n"], old_logps: Float[Array, "b n"]) -> Float[Array, ""]:
+    """The largest |π/π_old − 1| of a token; what a mask left out is 0 in both."""
+    return jnp.max(jnp.abs(jnp.expm1(logps - old_logps)))
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
@@ -325,7 +344,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     frozen = Frozen(reference=context.policy_params(config.policy), reward=context.head_params(config.reward))
     state = initial_state(algorithm, context, name, frozen.reference, context.head_params(config.critic))
     prompts = onpolicy.prompts(context, name, tokens=config.prompt_tokens, batch_size=config.batch_size)
-    iteration = jax.jit(algorithm.iteration, donate_argnums=0)
+    iteration = compiled(algorithm.iteration, state, others=2)
     gold = GoldClassifier.fit(context.reviews.train)
     share = config.optimizer.share(config.updates)
 

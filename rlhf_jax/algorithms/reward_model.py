@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -25,7 +24,7 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.network import RewardNetwork
-from rlhf_jax.train_step import make_train_step, sharded_state
+from rlhf_jax.train_step import compiled, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params, PreferenceBatch
 
 
@@ -139,7 +138,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         context.key(name),
     )
     loss_fn = pair_loss(spec, config)
-    step_fn = jax.jit(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), donate_argnums=0)
+    step_fn = compiled(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), state)
     layout = {"pad_id": tokenizer.pad_id, "completions": data.completions, "length": config.length}
     batches = preference_batches(data.train, batch_size=config.batch_size, seed=context.seed, **layout)
     share = config.optimizer.share(config.steps)

@@ -18,7 +18,7 @@ from rlhf_jax.masking import token_mean
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.heads import box
 from rlhf_jax.optim import Optimizer
-from rlhf_jax.train_step import make_train_step, sharded_state
+from rlhf_jax.train_step import compiled, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params
 
 
@@ -103,7 +103,7 @@ def fit(
     hyper = {"learning_rate": config.optimizer.learning_rate}
     state = sharded_state(mesh, lambda params: box(params, boxes), start, optimizer, hyper, context.key(name))
     loss_fn = language_model_loss(spec)
-    step_fn = jax.jit(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), donate_argnums=0)
+    step_fn = compiled(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), state)
     some = itertools.islice(heldout, config.heldout_rows // config.batch_size)
     heldout_loss = _heldout_loss(loss_fn, [sharding.shard_batch(mesh, batch) for batch in some])
     share = config.optimizer.share(config.steps)

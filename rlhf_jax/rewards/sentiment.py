@@ -21,19 +21,19 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.errors import UserError
 
+# Words alone: with pairs of words the fit takes ten times as long, for 0.887 instead of 0.862 on pairs of unseen RT
+# sentences of opposite label, and most of the pairs' weights are names and turns of phrase.
 _FEATURES = {
-    "ngram_range": (1, 2),
     "min_df": 4,
     "sublinear_tf": True,
     "token_pattern": r"(?u)\b\w+\b",
     "dtype": np.float32,
 }
-_REGULARISATION = 8.0  # the inverse weight of the L2 penalty
-_LARGEST_FEATURES = 120_000
+_REGULARISATION = 2.0  # the inverse weight of the L2 penalty
 
 
 class GoldClassifier:
-    """P(positive) of a text by logistic regression on TF-IDF features of words and word pairs."""
+    """P(positive) of a text by logistic regression on TF-IDF features of words."""
 
     def __init__(self, terms: Sequence[str], idf: np.ndarray, weights: np.ndarray, bias: float) -> None:
         self._vectorizer = TfidfVectorizer(vocabulary=list(terms), **{**_FEATURES, "min_df": 1})
@@ -70,7 +70,7 @@ def _vader() -> SentimentIntensityAnalyzer:
 
 
 def _fit(reviews: Sequence[Review], labels: Sequence[int]) -> dict[str, np.ndarray]:
-    vectorizer = TfidfVectorizer(max_features=_LARGEST_FEATURES, **_FEATURES)
+    vectorizer = TfidfVectorizer(**_FEATURES)
     features = scipy.sparse.csr_matrix(vectorizer.fit_transform(review.text for review in reviews))
     model = LogisticRegression(C=_REGULARISATION, solver="liblinear", random_state=0).fit(features, labels)
     return {
@@ -82,7 +82,7 @@ def _fit(reviews: Sequence[Review], labels: Sequence[int]) -> dict[str, np.ndarr
 
 
 def _content_hash(reviews: Sequence[Review]) -> str:
-    settings = [repr(_FEATURES), _REGULARISATION, _LARGEST_FEATURES, sklearn.__version__]
+    settings = [repr(_FEATURES), _REGULARISATION, sklearn.__version__]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for review in reviews:
         digest.update(f"{review.label}\0{review.text}\0".encode())

@@ -1,0 +1,164 @@
+"""Reward models: the loss against pairs scored one by one, what is sampled and judged, files, normalisation."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import models, sharding
+from rlhf_jax.algorithms import comparisons, reward_model
+from rlhf_jax.algorithms.comparisons import PairsFile, SampledPairs
+from rlhf_jax.data.preference_batches import batch_groups, preference_batches
+from rlhf_jax.errors import UserError
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.sentiment import GoldClassifier
+from rlhf_jax.train_step import compiled, make_train_step, sharded_state
+from tests.algorithms.conftest import SPEC, put_stages
+
+PAIRS = SampledPairs(prompts=24, heldout_prompts=12, completions=3, completion_tokens=12, snippets=10, batch_size=48)
+CONFIG = {
+    "length": 24,
+    "steps": 12,
+    "batch_size": 8,
+    "evaluate_every": 6,
+    "checkpoint_every": 5,
+    "optimizer": Optimizer(learning_rate=3e-3),
+}
+
+
+@pytest.fixture
+def context(make_context):
+    context = make_context()
+    put_stages(context)
+    return context
+
+
+def test_comparisons_are_judged_by_the_gold_classifier(context):
+    data = comparisons.load(PAIRS, context, "rm")
+    assert (len(data.train), len(data.heldout)) == (34, 12)
+    gold, tokenizer = GoldClassifier.fit(context.reviews.train), context.tokenizer
+    validation, train = (
+        " ".join(r.text for r in split) for split in (context.reviews.validation, context.reviews.train)
+    )
+    for group in [*data.train, *data.heldout]:
+        assert len(group.completions) == 3 and group.prompt_tokens[0] == tokenizer.bos_id
+        assert tuple(map(tokenizer.decode, group.completion_tokens)) == group.completions
+        np.testing.assert_allclose(gold([group.prompt + text for text in group.completions]), group.scores, atol=1e-6)
+        assert all(group.scores[winner] > group.scores[loser] for winner, loser in group.pairs)
+        assert len(group.pairs) == sum(a != b for a, b in [group.scores[:2], group.scores[1:], group.scores[::2]])
+        logit = [math.log(p / (1 - p)) for p in np.float64(group.scores)]
+        np.testing.assert_allclose(group.margins, [logit[w] - logit[x] for w, x in group.pairs], rtol=1e-3, atol=1e-5)
+        if group.source == "reviews":
+            assert group.prompt == "" and all(text in train for text in group.completions)
+        else:
+            assert group.prompt in validation
+    heldout_prompts = {group.prompt for group in data.heldout}
+    assert len(heldout_prompts & {group.prompt for group in data.train}) <= 2  # short prefixes may coincide
+    again = comparisons.load(PAIRS, context, "rm")  # read back, not sampled again
+    assert list(again.train) == list(data.train)
+
+
+def test_noise_flips_and_annotators_disagree(context):
+    def winners(**fields):
+        pairs = SampledPairs(**{**vars(PAIRS), **fields})
+        data = comparisons.load(pairs, context, "_".join(["rm", *fields]))
+        right = [group.scores[w] > group.scores[x] for group in data.train for w, x in group.pairs]
+        clean = [group.scores[w] > group.scores[x] for group in data.heldout for w, x in group.pairs]
+        assert all(clean)
+        return np.mean(right)
+
+    assert winners() == 1
+    assert 0.55 < winners(label_noise=0.3) < 0.85
+    assert 0.5 < winners(annotators=3, disagreement=2.0) < 0.95
+
+
+def test_loss_is_the_mean_over_pairs_scored_one_by_one(context):
+    data = comparisons.load(PAIRS, context, "rm")
+    groups = list(data.train)[:6]
+    params = context.head_params("reward_model")
+    config = reward_model.Config(pairs=PAIRS, **CONFIG, margin_scale=0.5, label_smoothing=0.1, centering=0.2)
+    batch = batch_groups(groups, pad_id=0, completions=3, length=24)
+    loss, metrics = reward_model.pair_loss(SPEC, config)(params, batch, {}, jax.random.key(0))
+    terms, right = [], []
+    for group in groups:
+        rows = group.rows(24)
+        scores = [float(models.score(SPEC, params, np.asarray([row]), np.ones((1, len(row)), bool))[0]) for row in rows]
+        for (winner, loser), margin in zip(group.pairs, group.margins, strict=True):
+            h = scores[winner] - scores[loser] - 0.5 * margin
+            bradley_terry = 0.9 * math.log1p(math.exp(-h)) + 0.1 * math.log1p(math.exp(h))
+            terms.append(bradley_terry + 0.2 * (scores[winner] + scores[loser]) ** 2)
+            right.append(scores[winner] > scores[loser])
+    assert float(loss.count) == len(terms)
+    assert float(loss.value) == pytest.approx(np.mean(terms), rel=1e-4)
+    assert float(metrics["accuracy"].value) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_learns_normalises_and_reports(context):
+    figures = reward_model.train(reward_model.Config(pairs=PAIRS, **{**CONFIG, "steps": 60}), context, "rm")
+    data = comparisons.load(PAIRS, context, "rm")
+    network = reward_model.RewardNetwork(SPEC, context.mesh, length=24, pad_id=0)
+    params = context.head_params("rm")
+    scores = network(params, [row for group in data.heldout for row in group.rows(24)])
+    assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() == pytest.approx(1, abs=1e-4)
+    report = reward_model.evaluate_groups(lambda rows: network(params, rows), data.train, length=24)
+    assert report.pairs.accuracy > 0.8  # of what it was trained on
+    evaluation = json.loads((context.stage_dir("rm") / "evaluation.json").read_text())
+    assert evaluation["accuracy"] == figures["accuracy"] and evaluation["n"] == len(evaluation["margins"])
+    assert len(evaluation["scores"]) == len(evaluation["lengths"]) == 36
+    assert 0 <= evaluation["external"]["accuracy"] <= 1 and evaluation["external"]["n"] > 100
+    assert {"accuracy", "log_loss", "ece", "length_correlation", "external_accuracy"} <= figures.keys()
+
+
+def test_a_file_of_pairs_trains_the_same_stage(context, tmp_path):
+    rows = [{"prompt": "It was", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(30)]
+    rows += [{"prompt": "", "chosen": [{"role": "assistant", "content": "good"}],
+              "rejected": [{"role": "assistant", "content": "bad"}]}] * 10  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = reward_model.Config(pairs=PairsFile(path), **{**CONFIG, "steps": 40})
+    config.check_inputs()
+    figures = reward_model.train(config, context, "rm")
+    assert figures["accuracy"] == 1.0
+    path.write_text('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(UserError, match=r"pairs.jsonl, line 1: no field 'rejected'"):
+        config.check_inputs()
+
+
+def test_microbatches_and_meshes_take_the_same_steps(make_context, meshes):
+    config = reward_model.Config(pairs=PAIRS, **CONFIG)
+    loss_fn, optimizer = reward_model.pair_loss(SPEC, config), config.optimizer.make(3)
+
+    def three_steps(data, context, num_microbatches=1):
+        state = sharded_state(
+            context.mesh,
+            lambda source: models.init_with_head(SPEC, jax.random.key(5), source),
+            context.policy_params("base"),
+            optimizer,
+            {"learning_rate": 3e-3},
+            jax.random.key(0),
+        )
+        step = compiled(make_train_step(loss_fn, optimizer, num_microbatches=num_microbatches), state)
+        batches = preference_batches(data.train, pad_id=0, batch_size=8, completions=3, length=24, seed=0)
+        with sharding.scope(context.mesh):
+            for _ in range(3):
+                state, metrics = step(state, sharding.shard_batch(context.mesh, next(batches)))
+        return float(metrics["loss"]), jax.device_get(jax.tree.leaves(state.params))
+
+    context = make_context()
+    put_stages(context)
+    data = comparisons.load(PAIRS, context, "rm")
+    loss, params = three_steps(data, context)
+    others = [three_steps(data, context, 4), *(three_steps(data, make_context(mesh=mesh)) for mesh in meshes)]
+    for other_loss, other_params in others:
+        assert other_loss == pytest.approx(loss, abs=1e-5)
+        for a, b in zip(params, other_params, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_row_that_cannot_hold_its_pair_is_refused():
+    with pytest.raises(ValueError, match="length=20 must hold BOS, prompt and completion of pairs: 21"):
+        reward_model.Config(pairs=PAIRS, **{**CONFIG, "length": 20})
+    with pytest.raises(ValueError, match=r"pairs.label_noise must lie in \[0, 0.5\)"):
+        SampledPairs(label_noise=0.5)
