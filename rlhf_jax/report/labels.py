@@ -1,0 +1,58 @@
+"""What the report calls a metric, and the unit that stands on its axis."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name for people, and a unit."""
+
+    title: str
+    unit: str = ""
+
+    @property
+    def axis(self) -> str:
+        """`title (unit)`."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+LABELS = {
+    "accuracy": Label("accuracy on pairs", "share"),
+    "approx_kl": Label("KL to behaviour policy", "nats per token"),
+    "critic_grad_norm": Label("gradient norm, critic"),
+    "distinct2": Label("distinct bigrams", "share"),
+    "ece": Label("calibration error (ECE)", "probability"),
+    "entropy": Label("entropy", "nats per token"),
+    "explained_variance": Label("explained variance of returns", "share"),
+    "external_accuracy": Label("accuracy on labelled sentences", "share"),
+    "gold": Label("gold score", "P(positive)"),
+    "grad_norm": Label("gradient norm"),
+    "heldout_accuracy": Label("held-out accuracy", "share"),
+    "heldout_log_loss": Label("held-out loss", "nats per pair"),
+    "heldout_loss": Label("held-out loss", "nats per token"),
+    "kl": Label("KL to reference", "nats per token"),
+    "kl_coef": Label("KL coefficient", "score per nat"),
+    "learning_rate": Label("learning rate"),
+    "length": Label("completion length", "tokens"),
+    "length_correlation": Label("correlation of score and length"),
+    "log_loss": Label("log loss on pairs", "nats per pair"),
+    "margin": Label("margin", "score"),
+    "no_eos": Label("completions without EOS", "share"),
+    "policy_clipped": Label("policy ratios clipped", "share of tokens"),
+    "policy_loss": Label("policy loss"),
+    "ratio_deviation": Label("largest |ratio − 1| before update"),
+    "reward": Label("reward after KL penalty", "score"),
+    "score": Label("reward-model score"),
+    "seq_kl": Label("KL to reference", "nats per sequence"),
+    "skipped_updates": Label("updates skipped", "count"),
+    "steps": Label("steps"),
+    "tokens_per_second": Label("speed", "tokens per second"),
+    "vader": Label("VADER, never trained on", "compound"),
+    "value_clipped": Label("values clipped", "share of tokens"),
+    "value_loss": Label("value loss"),
+}
+
+
+def label(name: str) -> Label:
+    """The label of a metric; one without an entry is called by its own name."""
+    return LABELS.get(name, Label(name))
