@@ -69,3 +69,13 @@ def sequence_logps(logps: Float[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"
     Array(-3., dtype=float32)
     """
     return keep(logps, mask).sum(-1)
+
+
+@typed
+def ratio_deviation(logps: Float[ArrayLike, "*b"], old_logps: Float[ArrayLike, "*b"]) -> Float[Array, ""]:
+    """The largest |π/π_old − 1| of a token; what a mask left out is 0 in both and counts for nothing.
+
+    >>> ratio_deviation(jnp.log(jnp.array([0.5, 0.3])), jnp.log(jnp.array([0.5, 0.25])))
+    Array(0.2, dtype=float32)
+    """
+    return jnp.max(jnp.abs(jnp.expm1(as_float(logps) - as_float(old_logps))), initial=0)

@@ -23,7 +23,7 @@ from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.evals.policy import compare, write_samples
 from rlhf_jax.kl import AdaptiveKL, FixedKL
-from rlhf_jax.logprobs import entropy, token_logps
+from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.heads import box
@@ -227,7 +227,7 @@ class Algorithm:
             "seq_kl": k1.sum(-1).mean(),
             "seq_kl_exact": exact[: c.exact_kl_rows].sum(-1).mean(),
             "entropy": masking.masked_mean(entropies, kept),
-            "sampling_deviation": largest_deviation(rollout.logps, sampled_logps),
+            "sampling_deviation": ratio_deviation(rollout.logps, sampled_logps),
             "length": mask.sum(-1).mean(dtype=jnp.float32),
             "no_eos": jnp.mean(~ended(rollout, self.eos_id), dtype=jnp.float32),
         }
@@ -268,7 +268,7 @@ class Algorithm:
             return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
 
         first = jax.tree.map(lambda x: x[rows[0]], rollout)
-        deviation = largest_deviation(self.logps(state.policy.params, first), first.logps[:, c.prompt_length :])
+        deviation = ratio_deviation(self.logps(state.policy.params, first), first.logps[:, c.prompt_length :])
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
         policy, critic = jax.tree.map(jnp.mean, (policy, critic))
         return state, {
@@ -330,11 +330,6 @@ class Algorithm:
         """Logits that predict the completion's tokens; prompts never reach the vocabulary."""
         states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)
         return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1])
-
-
-def largest_deviation(logps: Float[Array, "b n"], old_logps: Float[Array, "b n"]) -> Float[Array, ""]:
-    """The largest |π/π_old − 1| of a token; what a mask left out is 0 in both."""
-    return jnp.max(jnp.abs(jnp.expm1(logps - old_logps)))
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
