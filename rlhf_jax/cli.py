@@ -5,6 +5,7 @@ import difflib
 import errno
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ Train the stages of an experiment, in order. The same command again goes on wher
 """
 
 T = TypeVar("T")
+
+_BEGAN = time.monotonic()  # importing JAX and the like is part of what a run takes
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _run(args: list[str]) -> None:
     )
     from rlhf_jax.run import run
 
-    run(experiment, workdir, ["rlhf-jax", "run", *args])
+    run(experiment, workdir, ["rlhf-jax", "run", *args], began=_BEGAN)
 
 
 def _sample(args: list[str]) -> None:

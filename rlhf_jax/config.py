@@ -73,7 +73,9 @@ def validate(experiment: Experiment, devices: int) -> None:
                 raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
             made = experiment.stages[required].produces
             if made != kind:
-                raise UserError(f"stages.{name}.{where}: needs a {kind}, and the stage {required!r} makes a {made}")
+                raise UserError(
+                    f"stages.{name}.{where}: needs a stage that makes a {kind}; {required!r} makes a {made}"
+                )
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(

@@ -40,11 +40,14 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _SESSIONS = "sessions.json"
 
 
-def run(experiment: Experiment, workdir: Path, command: list[str]) -> dict[str, Any]:
+def run(experiment: Experiment, workdir: Path, command: list[str], *, began: float | None = None) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what summary.json holds.
+
+    The summary's seconds count from `began`, a reading of time.monotonic(), or from this call.
 
     Raises UserError before anything is written where the experiment cannot run or the workdir belongs to another one.
     """
+    began = time.monotonic() if began is None else began
     _check(experiment)
     config = to_dict(experiment)
     _check_workdir(workdir, config)
@@ -58,7 +61,7 @@ def run(experiment: Experiment, workdir: Path, command: list[str]) -> dict[str, 
         else:
             if not (workdir / "config.json").exists():
                 _write_json(workdir / "config.json", {"experiment": config, **_provenance(command)})
-            _train(experiment, workdir)
+            _train(experiment, workdir, began)
         if not (workdir / "report.html").exists():
             report.write(workdir)
         return _read_json(workdir / "summary.json")
@@ -69,12 +72,12 @@ def start_backend(mesh: MeshConfig) -> int:
 
     Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if mesh.fixed_devices > 1 and not flagged and jax.config.jax_num_cpu_devices < 1:
+    if mesh.fixed_devices > 1 and not flagged and jax.config.read("jax_num_cpu_devices") < 1:
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
             jax.config.update("jax_num_cpu_devices", mesh.fixed_devices)
     return jax.device_count()
@@ -133,8 +136,8 @@ def _is_complete(workdir: Path, experiment: Experiment) -> bool:
     return path.exists() and set(experiment.stages) <= set(_read_json(path))
 
 
-def _train(experiment: Experiment, workdir: Path) -> None:
-    with _session(workdir):
+def _train(experiment: Experiment, workdir: Path, began: float) -> None:
+    with _session(workdir, began):
         context = Context(
             workdir=workdir,
             seed=experiment.seed,
@@ -183,14 +186,14 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _session(workdir: Path) -> Iterator[None]:
+def _session(workdir: Path, began: float) -> Iterator[None]:
     """Add this session's seconds, and its memory if it is the largest, to those before it; however it ends."""
-    path, start = workdir / _SESSIONS, time.monotonic()
+    path = workdir / _SESSIONS
     before = _read_json(path) if path.exists() else {"seconds": 0.0, "peak_memory_bytes": 0}
     try:
         yield
     finally:
-        seconds = round(before["seconds"] + time.monotonic() - start, 1)
+        seconds = round(before["seconds"] + time.monotonic() - began, 1)
         _write_json(path, {"seconds": seconds, "peak_memory_bytes": max(_peak_memory(), before["peak_memory_bytes"])})
 
 

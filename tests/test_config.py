@@ -249,7 +249,7 @@ class TestValidate:
             ),
             (
                 {"stages": {"sft": ToyReward(), "ppo": ToyStage(init="sft")}},
-                "stages.ppo.init: needs a policy, and the stage 'sft' makes a reward",
+                "stages.ppo.init: needs a stage that makes a policy; 'sft' makes a reward",
             ),
             (stages(path=Path("none.jsonl")), "none.jsonl: no such file"),
             (stages(length=65), "stages.ppo.length: 65 tokens, more than the model's context, model.spec.max_len = 64"),
