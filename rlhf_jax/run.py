@@ -72,12 +72,13 @@ def start_backend(mesh: MeshConfig) -> int:
 
     Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    settings: Any = jax.config  # its attributes are made at run time
+    if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if mesh.fixed_devices > 1 and not flagged and jax.config.read("jax_num_cpu_devices") < 1:
+    if mesh.fixed_devices > 1 and not flagged and settings.jax_num_cpu_devices < 1:
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
             jax.config.update("jax_num_cpu_devices", mesh.fixed_devices)
     return jax.device_count()
