@@ -4,7 +4,7 @@ Conversations (lists of {"role", "content"}) become plain text, since a base mod
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,12 @@ def read_examples(path: Path) -> list[Example]:
 def read_judged(path: Path) -> list[Pair] | list[Scored]:
     """Pairs, or rows of text and score: the first row says which."""
     first = next(_rows(path), None)
-    if first is not None and "text" in first[1] and "chosen" not in first[1]:
+    if first is None or "chosen" in first[1]:
+        return _read(path, _pair)
+    if "text" in first[1]:
         return _read(path, _scored)
-    return _read(path, _pair)
+    row = _Row(path, *first)
+    raise row.error(f"expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score'; the row has {row.names}")
 
 
 def render(messages: Sequence[dict[str, str]]) -> str:
@@ -80,15 +83,20 @@ class _Row:
     def error(self, what: str) -> UserError:
         return UserError(f"{self.place}: {what}")
 
+    @property
+    def names(self) -> str:
+        return ", ".join(map(repr, self.fields)) or "none"
+
     def number(self, name: str) -> float:
         value = self.require(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # Compared, not converted: an integer may be too large for a float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise self.error(f"{name!r} must be a finite number, found {_short(value)}")
         return float(value)
 
     def require(self, name: str) -> Any:
         if name not in self.fields:
-            raise self.error(f"no field {name!r}; the row has {', '.join(map(repr, self.fields)) or 'none'}")
+            raise self.error(f"no field {name!r}; the row has {self.names}")
         return self.fields[name]
 
     def text(self, name: str, *, empty: bool = False) -> str:
@@ -97,17 +105,26 @@ class _Row:
             raise self.error(f"{name!r} must be a string, found {_short(value)}")
         if not empty and not value.strip():
             raise self.error(f"{name!r} is empty")
+        self.check_characters(name, value)
         return value
+
+    def check_characters(self, name: str, text: str) -> None:
+        """JSON can spell half of a surrogate pair, which no tokenizer and no file can hold."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(f"{name!r}: \\u{ord(text[error.start]):04x} is half a character") from None
 
     def messages(self, name: str, *, empty: bool = False) -> list[dict[str, str]]:
         value = self.require(name)
         if not isinstance(value, list) or not (value or empty):
             raise self.error(f"{name!r} must be a list of messages, found {_short(value)}")
         for message in value:
-            good = isinstance(message, dict) and isinstance(message.get("content"), str)
-            if not good or message.get("role") not in _SPEAKERS:
+            good = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            if not good or message["role"] not in _SPEAKERS:
                 roles = ", ".join(_SPEAKERS)
                 raise self.error(f"{name!r}: a message has a role ({roles}) and a content, found {_short(message)}")
+            self.check_characters(name, message["content"])
         if value and not empty and not value[-1]["content"].strip():
             raise self.error(f"{name!r}: the last message is empty")
         return value
@@ -132,13 +149,12 @@ def _pair(row: _Row) -> Pair:
         return Pair(before, render(chosen), render(rejected), margin)
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if "prompt" in row.fields:
-        prompt = render(row.messages("prompt")) if row.is_list("prompt") else row.text("prompt", empty=True)
+        prompt = render(row.messages("prompt", empty=True)) if row.is_list("prompt") else row.text("prompt", empty=True)
         return Pair(prompt, chosen, rejected, margin)
     # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say.
     shared = _shared(chosen, rejected)
-    while shared and not (
-        chosen[shared : shared + 1].isspace() and chosen[shared:].strip() and rejected[shared:].strip()
-    ):
+    texts = (chosen, rejected)
+    while shared and not all(text[shared : shared + 1].isspace() and text[shared:].strip() for text in texts):
         shared -= 1
     return Pair(chosen[:shared], chosen[shared:], rejected[shared:], margin)
 
@@ -154,8 +170,7 @@ def _example(row: _Row) -> Example:
         return Example(row.text("prompt", empty=True), row.text("completion"))
     if "text" in row.fields:
         return Example("", row.text("text"))
-    fields = ", ".join(map(repr, row.fields)) or "none"
-    raise row.error(f"expected 'prompt' and 'completion', 'messages', or 'text'; the row has {fields}")
+    raise row.error(f"expected 'prompt' and 'completion', 'messages', or 'text'; the row has {row.names}")
 
 
 def _scored(row: _Row) -> Scored:
@@ -197,5 +212,5 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
     return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,185 @@
+"""TRL's row formats: what each means, and one line with file, line and field for whatever is wrong."""
+
+import json
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.data.formats import Example, Pair, Scored, read_examples, read_judged, read_pairs
+from rlhf_jax.errors import UserError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
+RUDE = {"role": "assistant", "content": "Go away."}
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Rows (objects, or raw bytes of a line) to a file."""
+
+    def to_file(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(
+            b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+        )
+        return path
+
+    return to_file
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (PAIR, Pair("p", "good", "bad")),
+        ({**PAIR, "prompt": ""}, Pair("", "good", "bad")),
+        ({**PAIR, "prompt": []}, Pair("", "good", "bad")),
+        ({**PAIR, "margin": 2}, Pair("p", "good", "bad", 2.0)),
+        ({**PAIR, "score_chosen": 4.5, "score_rejected": 3}, Pair("p", "good", "bad", 1.5)),
+        # Implicit prompt: what both begin with, up to a space, so that "not" is not cut into "no" and "t".
+        ({"chosen": "It is now.", "rejected": "It is not."}, Pair("It is", " now.", " not.")),
+        ({"chosen": "Yes it is", "rejected": "Yes it"}, Pair("Yes", " it is", " it")),
+        ({"chosen": "good", "rejected": "bad"}, Pair("", "good", "bad")),
+        # Conversations.
+        (
+            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [RUDE]},
+            Pair("\n\nHuman: Hi.", "\n\nAssistant: Hello.", "\n\nAssistant: Go away."),
+        ),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [USER, RUDE]},
+            Pair("\n\nHuman: Hi.", "\n\nAssistant: Hello.", "\n\nAssistant: Go away."),
+        ),
+        ({**PAIR, "prompt": [USER]}, Pair("\n\nHuman: Hi.", "good", "bad")),
+    ],
+)
+def test_pairs(write, row, expected):
+    assert read_pairs(write(row)) == read_judged(write(row)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": "c"}, Example("p", "c")),
+        ({"prompt": "", "completion": "c"}, Example("", "c")),
+        ({"text": "a text"}, Example("", "a text")),
+        ({"messages": [USER, ASSISTANT]}, Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.")),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.")),
+    ],
+)
+def test_examples(write, row, expected):
+    assert read_examples(write(row)) == [expected]
+
+
+def test_scored_texts(write):
+    path = write({"prompt": "p", "text": "t", "score": 1}, {"text": "u", "score": -0.5})
+    assert read_judged(path) == [Scored("p", "t", 1.0), Scored("", "u", -0.5)]
+
+
+def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_rows(write):
+    line = json.dumps(PAIR).encode()
+    assert len(read_pairs(write(b"\xef\xbb\xbf" + line + b"\r", b"", b"  ", line))) == 2
+
+
+@pytest.mark.parametrize(
+    ("reader", "bad", "message"),
+    [
+        (read_pairs, {"prompt": "p", "chosen": "a"}, "no field 'rejected'; the row has 'prompt', 'chosen'"),
+        (read_pairs, {**PAIR, "chosen": ""}, "'chosen' is empty"),
+        (read_pairs, {**PAIR, "rejected": " \n"}, "'rejected' is empty"),
+        (read_pairs, {**PAIR, "chosen": 3}, "'chosen' must be a string, found 3"),
+        (read_pairs, {**PAIR, "prompt": None}, "'prompt' must be a string, found null"),
+        (read_pairs, {**PAIR, "margin": "big"}, "'margin' must be a finite number"),
+        (read_pairs, {**PAIR, "margin": math.nan}, "'margin' must be a finite number, found NaN"),
+        (read_pairs, {**PAIR, "margin": 10**400}, "'margin' must be a finite number, found 1000"),
+        (read_pairs, {**PAIR, "margin": True}, "'margin' must be a finite number, found true"),
+        (read_pairs, {**PAIR, "chosen": [ASSISTANT]}, "'rejected' must be a list of messages"),
+        (read_pairs, {**PAIR, "chosen": "\ud800"}, r"'chosen': \\ud800 is half a character"),
+        (read_pairs, {"chosen": [{"role": ["user"], "content": "x"}], "rejected": [RUDE]}, "a message has a role"),
+        (read_pairs, {"chosen": [{"role": "bot", "content": "x"}], "rejected": [RUDE]}, "a message has a role"),
+        (read_pairs, {"chosen": [{**ASSISTANT, "content": ""}], "rejected": [RUDE]}, "the last message is empty"),
+        (read_pairs, b'{"prompt": "p", "chosen"', "not JSON"),
+        (read_pairs, b"[1, 2]", r"expected a JSON object, found \[1, 2\]"),
+        (read_pairs, b'{"prompt": "\xff\xfe"}', "not UTF-8"),
+        (read_pairs, b"[" * 100_000, "not JSON"),
+        (read_examples, {"text": ""}, "'text' is empty"),
+        (read_examples, {"prompt": "p", "response": "r"}, "expected 'prompt' and 'completion', 'messages', or 'text'"),
+        (read_examples, {"messages": []}, "'messages' must be a list of messages"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_file_and_line(write, reader, bad, message):
+    good = {**PAIR, "text": "t"}
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 3: .*{message}") as caught:
+        reader(write(good, b"", bad))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"text": "", "score": 1}, "'text' is empty"),
+        ({"text": "t"}, "no field 'score'"),
+        ({"text": "t", "score": None}, "'score' must be a finite number, found null"),
+        ({"text": "t", "score": math.inf}, "'score' must be a finite number, found Infinity"),
+    ],
+)
+def test_a_wrong_scored_row(write, bad, message):
+    with pytest.raises(UserError, match=f"line 2: .*{message}"):
+        read_judged(write({"text": "t", "score": 0}, bad))
+
+
+def test_the_first_row_decides_what_is_judged(write):
+    with pytest.raises(UserError, match=r"line 1: expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score'"):
+        read_judged(write({"question": "q"}))
+    with pytest.raises(UserError, match="line 2: no field 'chosen'"):
+        read_judged(write(PAIR, {"text": "t", "score": 1}))
+
+
+@pytest.mark.parametrize("reader", [read_pairs, read_examples, read_judged])
+def test_no_file_a_folder_and_no_rows(reader, tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl: No such file"):
+        reader(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="is a folder"):
+        reader(tmp_path)
+    (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
+    with pytest.raises(UserError, match=r"empty\.jsonl: no rows"):
+        reader(tmp_path / "empty.jsonl")
+
+
+NAMES = ("prompt", "chosen", "rejected", "margin", "score_chosen", "score_rejected", "text", "score", "messages")
+TEXTS = st.sampled_from(["", " ", "a", "a b", "a c", "a b c", "\ud800", "é\n"])
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant"]) | LEAVES, "content": LEAVES}),
+    max_size=2,
+)
+ROWS = st.dictionaries(st.sampled_from([*NAMES, "completion"]), TEXTS | LEAVES | MESSAGES, max_size=5)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(ROWS, min_size=1, max_size=2))
+def test_any_json_is_read_whole_or_refused_in_one_line(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for reader in (read_pairs, read_examples, read_judged):
+        try:
+            parsed = reader(path)
+        except UserError as error:
+            assert "\n" not in str(error).encode().decode()  # can be printed
+            continue
+        assert len(parsed) == len(rows)
+        for fields in map(vars, parsed):
+            assert all(fields[name].strip() for name in fields.keys() - {"prompt", "margin", "score"})
+            assert all(isinstance(value, str) or math.isfinite(value) for value in fields.values())
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text("ab \n", max_size=8), st.text("ab \n", max_size=6), st.text("ab \n", max_size=6))
+def test_an_implicit_prompt_loses_nothing_and_splits_no_word(tmp_path_factory, start, chosen, rejected):
+    assume(all((start + end).strip() for end in (chosen, rejected)))
+    path = tmp_path_factory.getbasetemp() / "implicit.jsonl"
+    path.write_text(json.dumps({"chosen": start + chosen, "rejected": start + rejected}))
+    (pair,) = read_pairs(path)
+    assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (start + chosen, start + rejected)
+    assert pair.chosen.strip() and pair.rejected.strip()
+    assert not pair.prompt or (pair.chosen[0].isspace() and pair.rejected[0].isspace())
