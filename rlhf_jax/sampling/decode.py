@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import models
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec
-from rlhf_jax.sampling.transforms import Sampling, transform_logits
+from rlhf_jax.sampling.transforms import Sampling, draw_token, transform_logits
 from rlhf_jax.sharding import constrain
 from rlhf_jax.types import Key, Params, Rollout
 
@@ -42,7 +42,7 @@ def generate(
 
     def draw(t: Array, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, t))(row_keys)
-        return jax.vmap(jax.random.categorical)(keys, transform_logits(logits, sampling)).astype(jnp.int32)
+        return jax.vmap(draw_token)(keys, transform_logits(logits, sampling))
 
     def unfinished(carry: Any) -> Array:
         t, alive = carry[0], carry[1]

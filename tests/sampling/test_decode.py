@@ -84,7 +84,7 @@ def test_stops_when_all_rows_have_ended(params, monkeypatch):
         return extend(spec, params, tokens, mask, cache)
 
     monkeypatch.setattr(models, "extend", counting)
-    rollout = sample(params, *prompts(b=1), key=4, sampling=Sampling(temperature=3.0), new=26)
+    rollout = sample(params, *prompts(b=1), key=11, sampling=Sampling(temperature=3.0), new=26)
     jax.effects_barrier()
     longest = int(rollout.completion_mask.sum(-1).max())
     assert ran == [6] + [1] * longest  # the prompt at once, then as many tokens as the longest row has

@@ -1,11 +1,12 @@
 """Temperature, top-k and top-p against plain NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.sampling import Sampling, transform_logits
-from rlhf_jax.sampling.transforms import EXCLUDED
+from rlhf_jax.sampling.transforms import EXCLUDED, draw_token
 
 LOGITS = np.random.default_rng(0).normal(size=(5, 30)).astype(np.float32)
 
@@ -54,3 +55,24 @@ def test_default_changes_nothing():
 def test_bad_fields_are_named(fields, name):
     with pytest.raises(ValueError, match=f"sampling.{name}"):
         Sampling(**fields)
+
+
+@pytest.mark.parametrize("v", [2, 7, 64, 100, 4096])
+def test_drawn_tokens_follow_the_softmax(v):
+    logits = jnp.asarray(np.random.default_rng(v).normal(size=v) * 2, jnp.float32).at[v // 2].set(EXCLUDED)
+    n = 40_000
+    keys = jax.random.split(jax.random.key(0), n)
+    drawn = np.asarray(jax.jit(jax.vmap(draw_token, in_axes=(0, None)))(keys, logits))
+    observed, expected = np.bincount(drawn, minlength=v), n * np.asarray(jax.nn.softmax(logits), np.float64)
+    assert len(observed) == v and observed[v // 2] == 0
+    common = expected > 5
+    chi_square = ((observed - expected)[common] ** 2 / expected[common]).sum()
+    assert chi_square < common.sum() + 5 * np.sqrt(2 * common.sum())
+
+
+@pytest.mark.parametrize("v", [1, 3, 50])
+def test_a_certain_token_is_always_drawn(v):
+    for token in {0, v // 2, v - 1}:
+        logits = jnp.full(v, EXCLUDED).at[token].set(-7.0)
+        keys = jax.random.split(jax.random.key(1), 200)
+        assert set(np.asarray(jax.vmap(draw_token, in_axes=(0, None))(keys, logits)).tolist()) == {token}
