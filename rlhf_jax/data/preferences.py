@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,13 @@ class Annotators:
 
 
 def write(folder: Path, splits: Mapping[str, Sequence[PreferenceGroup]]) -> None:
-    """Write a TFDS dataset of array_records; it appears whole or not at all."""
-    builder = _builder(folder, splits)
+    """Write a TFDS dataset of array_records in place of an older one; it appears whole or not at all.
+
+    A split must hold at least one group.
+    """
+    if (folder / _NAME).exists():
+        shutil.rmtree(folder / _NAME)  # what a killed run left, too, under a name that TFDS gives unfinished work
+    builder = _Preferences(folder, splits)
     # TFDS writes progress bars of its own, and prints to stdout, which belongs to --json.
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
         tfds.disable_progress_bar()
@@ -108,7 +114,8 @@ def exists(folder: Path) -> bool:
 def read(folder: Path) -> dict[str, Sequence[PreferenceGroup]]:
     """The splits of a dataset that `write` made, read row by row as they are asked for."""
     builder = tfds.builder_from_directory(_dataset_folder(folder))
-    return {name: _Groups(builder.as_data_source(name)) for name in builder.info.splits}
+    # Its decorator hides the parameters of as_data_source from type checkers.
+    return {name: _Groups(builder.as_data_source(name)) for name in builder.info.splits}  # pyright: ignore[reportCallIssue]
 
 
 class _Groups(Sequence[PreferenceGroup]):
@@ -137,38 +144,39 @@ _INTS = {"shape": (None,), "dtype": np.int32}
 _FLOATS = {"shape": (None,), "dtype": np.float32}
 
 
-def _builder(folder: Path, splits: Mapping[str, Sequence[PreferenceGroup]]) -> tfds.core.GeneratorBasedBuilder:
-    class Preferences(tfds.core.GeneratorBasedBuilder):
-        """Groups of completions with judged pairs."""
+class _Preferences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Groups of completions with judged pairs."""
 
-        VERSION = tfds.core.Version(_VERSION)
-        name = _NAME
+    VERSION = tfds.core.Version(_VERSION)
+    name = _NAME
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            tensor = tfds.features.Tensor
-            features = {
-                "prompt": tfds.features.Text(),
-                "completions": tfds.features.Sequence(tfds.features.Text()),
-                "prompt_tokens": tensor(**_INTS),
-                "completion_tokens": tensor(**_INTS),  # one after the other: ragged features would need TensorFlow
-                "completion_lengths": tensor(**_INTS),
-                "scores": tensor(**_FLOATS),
-                "pairs": tensor(**_INTS),  # winner, loser, winner, loser, …
-                "margins": tensor(**_FLOATS),
-                "source": tfds.features.Text(),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-            )
+    def __init__(self, folder: Path, splits: Mapping[str, Sequence[PreferenceGroup]]) -> None:
+        self._splits = splits
+        super().__init__(data_dir=str(folder), file_format="array_record")
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-            del dl_manager
-            return {name: self._generate_examples(groups) for name, groups in splits.items()}
+    def _info(self) -> tfds.core.DatasetInfo:
+        tensor = tfds.features.Tensor
+        features = {
+            "prompt": tfds.features.Text(),
+            "completions": tfds.features.Sequence(tfds.features.Text()),
+            "prompt_tokens": tensor(**_INTS),
+            "completion_tokens": tensor(**_INTS),  # one after the other: ragged features would need TensorFlow
+            "completion_lengths": tensor(**_INTS),
+            "scores": tensor(**_FLOATS),
+            "pairs": tensor(**_INTS),  # winner, loser, winner, loser, …
+            "margins": tensor(**_FLOATS),
+            "source": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
-        def _generate_examples(self, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, dict[str, Any]]]:
-            return ((index, _to_row(group)) for index, group in enumerate(groups))
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        del dl_manager
+        return {name: self._generate_examples(groups) for name, groups in self._splits.items()}
 
-    return Preferences(data_dir=str(folder), file_format="array_record")
+    def _generate_examples(self, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, dict[str, Any]]]:
+        return ((index, _to_row(group)) for index, group in enumerate(groups))
 
 
 def _to_row(group: PreferenceGroup) -> dict[str, Any]:
