@@ -1,7 +1,10 @@
 """Checkpoints with Orbax: the whole state of a stage, its data cursor included, and nothing else."""
 
+import contextlib
 import errno
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +38,13 @@ class Checkpoints:
         """Write a pytree of arrays and a JSON-able cursor; UserError if the disk has no room, and the last is kept."""
         if step == self.latest_step():
             return
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(_key_data(state)))
-        free = shutil.disk_usage(self.folder).free
-        if free < size * _FREE_SPACE_FACTOR:
-            raise UserError(_no_space(self.folder, step, size, free))
-        try:
+        with _room_for(_key_data(state), self.folder, f"the checkpoint of step {step}"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_key_data(state)), cursor=ocp.args.JsonSave(cursor)
                 ),
             )
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise UserError(_no_space(self.folder, step, size, free)) from None
-            raise
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint (or that of `step`) in the shapes, types and shardings of `state`, and its cursor."""
@@ -66,8 +61,9 @@ class Checkpoints:
 
 
 def save_params(folder: Path, params: Params) -> None:
-    """Write the parameters of a finished stage, replacing any that are there."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    """Write a finished stage's parameters, replacing any that are there; UserError if the disk has no room."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _room_for(params, folder.parent, "the parameters"), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.resolve(), params, force=True)
 
 
@@ -77,12 +73,23 @@ def load_params(folder: Path, target: Params) -> Params:
         return checkpointer.restore(folder.resolve(), target)
 
 
-def _no_space(folder: Path, step: int, size: int, free: int) -> str:
-    return (
-        f"no disk space for the checkpoint of step {step} in {folder}: "
-        f"it needs {size * _FREE_SPACE_FACTOR / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
-        "the previous checkpoint is kept, free some space and repeat the command"
+@contextlib.contextmanager
+def _room_for(tree: Any, folder: Path, what: str) -> Iterator[None]:
+    """Turn a full disk, seen before or met while writing, into one line; what was there before is kept."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * _FREE_SPACE_FACTOR
+    free = shutil.disk_usage(folder).free
+    message = (
+        f"no disk space for {what} in {folder}: it needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+        "what was saved before is kept, free some space and repeat the command"
     )
+    if free < size:
+        raise UserError(message)
+    try:
+        yield
+    except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise UserError(message) from None
+        raise
 
 
 def _is_key(x: Any) -> bool:
