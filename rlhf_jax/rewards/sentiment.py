@@ -2,10 +2,10 @@
 
 import functools
 import hashlib
+import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +30,7 @@ _FEATURES = {
     "dtype": np.float32,
 }
 _REGULARISATION = 2.0  # the inverse weight of the L2 penalty
+_DIGEST = 32  # bytes of a SHA-256
 
 
 class GoldClassifier:
@@ -46,7 +47,7 @@ class GoldClassifier:
         labels = [review.label for review in reviews]
         if len(set(labels)) < 2:
             raise UserError("data: the gold classifier needs positive and negative reviews")
-        path = cache_dir("gold") / f"{_content_hash(reviews)}.npz"
+        path = cache_dir("gold") / f"{_content_hash(reviews)}.gold"
         stored = _load(path)
         if stored is None:
             stored = _fit(reviews, labels)
@@ -55,6 +56,8 @@ class GoldClassifier:
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, " n"]:
         """P(positive) of each text, in [0, 1]."""
+        if not texts:
+            return np.zeros(0, np.float32)
         logits = self._vectorizer.transform(texts) @ self._weights + self._bias
         return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
 
@@ -90,16 +93,21 @@ def _content_hash(reviews: Sequence[Review]) -> str:
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """What `_save` wrote; None where there is nothing, or nothing whole."""
+    """What `_save` wrote; None where there is nothing, or nothing whole: the digest in front tells."""
     try:
-        with np.load(path) as stored:
-            return {name: stored[name] for name in ("terms", "idf", "weights", "bias")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        content = path.read_bytes()
+    except OSError:
         return None
+    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+        return None
+    with np.load(io.BytesIO(content[_DIGEST:])) as stored:
+        return {name: stored[name] for name in stored}
 
 
 def _save(path: Path, stored: dict[str, np.ndarray]) -> None:
     """Write by a rename, so that two runs at once, or one that is killed, leave a whole file."""
+    archive = io.BytesIO()
+    np.savez_compressed(archive, **stored)  # pyright: ignore[reportArgumentType]  # its stub takes names for options
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.savez_compressed(file, **stored)
+        file.write(hashlib.sha256(archive.getvalue()).digest() + archive.getvalue())
     os.replace(file.name, path)
