@@ -21,8 +21,8 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.errors import UserError
 
-# Words alone: with pairs of words the fit takes ten times as long, for 0.887 instead of 0.862 on pairs of unseen RT
-# sentences of opposite label, and most of the pairs' weights are names and turns of phrase.
+# Words alone: with pairs of words the fit takes 24 s instead of 4, for 0.887 instead of 0.862 on pairs of unseen RT
+# sentences of opposite label.
 _FEATURES = {
     "min_df": 4,
     "sublinear_tf": True,
