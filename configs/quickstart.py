@@ -40,7 +40,7 @@ def get_config() -> Experiment:
                 steps=18,
                 batch_size=128,
                 epochs=2,
-                entropy_coef=0.007,
+                entropy_coef=0.015,
                 kl=FixedKL(coef=0.2),
                 optimizer=Optimizer(learning_rate=4e-4, schedule="linear"),
                 critic_optimizer=Optimizer(learning_rate=3e-4),

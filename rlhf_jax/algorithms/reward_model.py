@@ -100,6 +100,10 @@ def pair_loss(spec: ModelSpec, config: Config) -> LossFn:
 
     def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
         del hyper, key
+        if not config.centering:
+            # A difference of scores does not see the bias. Its gradient is rounding, which Adam would scale to full steps.
+            head = {**params["head"], "bias": jax.lax.stop_gradient(params["head"]["bias"])}
+            params = {**params, "head": head}
         scores = batch_scores(spec, params, batch)
         chosen, rejected = (jnp.take_along_axis(scores, batch.pairs[..., i], axis=1) for i in (0, 1))
         loss, diagnostics = losses.bradley_terry(

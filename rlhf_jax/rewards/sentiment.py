@@ -21,8 +21,8 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.errors import UserError
 
-# Words alone: with pairs of words the fit takes 24 s instead of 4, for 0.887 instead of 0.862 on pairs of unseen RT
-# sentences of opposite label.
+# Words alone: pairs of words would lift the accuracy on pairs of unseen RT sentences of opposite label from 0.863 to
+# 0.887, but a reward model of the quickstart's size agrees less with such a judge (0.76 of held-out pairs, not 0.80).
 _FEATURES = {
     "min_df": 4,
     "sublinear_tf": True,
