@@ -29,7 +29,7 @@ def get_config() -> Experiment:
             "reward_model": reward_model.Config(
                 init="sft",
                 pairs=reward_model.SampledPairs(policy="sft", prompts=1_800, completions=4, snippets=3_000),
-                steps=640,
+                steps=560,
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),

@@ -4,7 +4,7 @@ Shapes: b batch, k completions of one prompt, p pairs of one prompt, t tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -13,7 +13,10 @@ import numpy as np
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, jaxtyped
 
-ArrayLike = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    ArrayLike = jax.Array | np.ndarray
+else:  # and NumPy's scalars, the rows of a [b]; jaxtyping refuses them where an axis is named
+    ArrayLike = jax.Array | np.ndarray | np.floating | np.integer | np.bool_
 Scalar = int | float | np.floating | Float[ArrayLike, ""]
 
 Params = Any  # a plain dict pytree of arrays

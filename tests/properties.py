@@ -52,13 +52,23 @@ class Case:
     def total_and_gradients(self) -> Callable[..., tuple[jax.Array, Arrays]]:
         """Of (arrays, keep): the outputs that an outer mask keeps as one number, and its gradients by argument."""
 
-        def total(floats: Arrays, others: Arrays, keep: np.ndarray | np.bool_) -> jax.Array:
+        def total(floats: Arrays, others: Arrays, keep: np.ndarray) -> jax.Array:
             out = self({**floats, **others})
             leaves = (out.value,) if isinstance(out, Mean) else jax.tree.leaves(out)
             return sum(weight * jnp.where(keep, x, 0).sum() for weight, x in enumerate(leaves, start=1))
 
         compiled = jax.jit(jax.value_and_grad(total))
-        return lambda arrays, keep=np.True_: compiled(*split(arrays), keep)
+
+        def run(arrays: Arrays, keep: np.ndarray | bool = True) -> tuple[jax.Array, Arrays]:
+            # Always one shape, to be compiled once.
+            return jax.device_get(compiled(*split(arrays), np.broadcast_to(keep, self.shape)))
+
+        return run
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first output, four rows."""
+        return jax.tree.leaves(jax.eval_shape(self, self.arrays(4)))[0].shape
 
     @property
     def mask_name(self) -> str | None:
@@ -121,22 +131,29 @@ class Properties:
 
     def test_row_batch_vmap_jit_and_numpy_agree(self, case):
         arrays = case.arrays(4)
-        expected = case({name: jnp.asarray(x) for name, x in arrays.items()})
-        close(case(arrays), expected)  # NumPy
-        close(case.compiled(arrays), expected)
-        rows = [case.compiled({name: x[i] for name, x in arrays.items()}) for i in range(4)]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        close(jax.jit(jax.vmap(case))(arrays), stacked)
+        rows = [{name: x[i] for name, x in arrays.items()} for i in range(4)]
+        deeper = {name: x.reshape(2, 2, *x.shape[1:]) for name, x in arrays.items()}
+
+        @jax.jit  # one program for all: compiling is what takes the time
+        def several_ways(arrays, rows, deeper):
+            of_numpy = case(numpy_arrays), case(numpy_row)  # a row of NumPy's may be one of its scalars
+            by_row = [case(row) for row in rows]
+            return case(arrays), by_row, jax.vmap(case)(arrays), of_numpy, case(deeper) if case.rowwise else ()
+
+        numpy_arrays, numpy_row = arrays, rows[0]
+        batch, by_row, mapped, of_numpy, deep = jax.device_get(several_ways(arrays, rows, deeper))
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *by_row)
+        close(mapped, stacked)
+        close(of_numpy, (batch, by_row[0]))
         if case.rowwise:
-            close(stacked, expected)
-            deeper = case.compiled({name: x.reshape(2, 2, *x.shape[1:]) for name, x in arrays.items()})
-            close(jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), deeper), expected)
+            close(stacked, batch)
+            close(jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), deep), batch)
 
     def test_scalars_may_be_traced_and_mapped(self, swept):
         arrays = swept.arrays(4)
         mapped = jax.jit(jax.vmap(lambda scalars: swept(arrays, **scalars)))
         out = mapped({name: np.float32([value, value]) for name, value in swept.scalars.items()})
-        close(jax.tree.map(lambda x: x[1], out), swept(arrays))
+        close(jax.tree.map(lambda x: x[1], jax.device_get(out)), swept.compiled(arrays))
 
     def test_gradient_equals_finite_differences(self, case, float64):
         arrays = case.arrays(4, dtype=np.float64)
@@ -158,11 +175,10 @@ class Properties:
         arrays, name = case.arrays(4), case.mask_name
         # Without a mask of its own a function can promise no more than finite numbers for finite numbers.
         if name is None:
-            shape = jax.tree.leaves(case.compiled(arrays))[0].shape
-            kept = keep = np.random.default_rng(1).random(shape) < 0.5
+            kept = keep = np.random.default_rng(1).random(case.shape) < 0.5
             garbages = FINITE
         else:
-            kept, keep, garbages = arrays[name], np.True_, FINITE + NON_FINITE
+            kept, keep, garbages = arrays[name], True, FINITE + NON_FINITE
         floats, others = split(arrays)
         padded = {name for name, x in floats.items() if x.shape[: kept.ndim] == kept.shape}
         total, gradients = case.total_and_gradients(arrays, keep)
@@ -175,7 +191,7 @@ class Properties:
     def test_finite_when_all_is_masked(self, case):
         arrays, name = case.arrays(4), case.mask_name
         if name is None:
-            total, gradients = case.total_and_gradients(arrays, np.False_)
+            total, gradients = case.total_and_gradients(arrays, False)
             assert total == 0 and not any(g.any() for g in gradients.values())
             return
         for some_rows in (np.zeros(4, bool), np.arange(4) > 0):

@@ -101,7 +101,7 @@ def pair_loss(spec: ModelSpec, config: Config) -> LossFn:
     def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
         del hyper, key
         if not config.centering:
-            # A difference of scores does not see the bias. Its gradient is rounding, which Adam would scale to full steps.
+            # A difference of scores does not see the bias: its gradient is rounding, and Adam would make steps of it.
             head = {**params["head"], "bias": jax.lax.stop_gradient(params["head"]["bias"])}
             params = {**params, "head": head}
         scores = batch_scores(spec, params, batch)

@@ -77,8 +77,8 @@ def plackett_luce(
     scores = jnp.where(kept, as_float(ranked_scores), EXCLUDED)
     log_rest = jax.lax.cumlogsumexp(scores, axis=scores.ndim - 1, reverse=True)
     best = jnp.take_along_axis(scores, kept.argmax(-1, keepdims=True), axis=-1)[..., 0]
-    accuracy = as_float((best == scores.max(-1)) & kept.any(-1))
-    return keep(log_rest - scores, kept).sum(-1), {"accuracy": accuracy}
+    accuracy = (best == scores.max(-1)) & kept.any(-1)
+    return keep(log_rest - scores, kept).sum(-1), {"accuracy": accuracy.astype(scores.dtype)}
 
 
 @typed

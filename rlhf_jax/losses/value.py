@@ -28,6 +28,7 @@ def clipped_value(
     values, old_values, returns = as_float(values), as_float(old_values), as_float(returns)
     unclipped = loss = jnp.square(values - returns) / 2
     if clip_eps is not None:
-        near = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
+        # Not old + clip(new − old): that is off by rounding inside the range, and would be told as clipped.
+        near = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
         loss = jnp.maximum(unclipped, jnp.square(near - returns) / 2)
     return loss, {"clipped": (loss != unclipped).astype(loss.dtype)}
