@@ -24,7 +24,7 @@ def token_rewards(
     Array([-0.05,  0.95,  0.  ], dtype=float32)
     """
     is_last = jnp.arange(mask.shape[-1]) == last_index(mask)[..., None]
-    return -kl_coef * keep(kl, mask) + jnp.where(is_last, as_float(scores)[..., None], 0)
+    return -keep(kl, mask) * kl_coef + jnp.where(is_last, as_float(scores)[..., None], 0)
 
 
 @typed
