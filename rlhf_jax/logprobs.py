@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import keep
-from rlhf_jax.numerics import as_float, require
+from rlhf_jax.numerics import LOG_RATIO_LIMIT, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
 
@@ -75,7 +75,10 @@ def sequence_logps(logps: Float[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"
 def ratio_deviation(logps: Float[ArrayLike, "*b"], old_logps: Float[ArrayLike, "*b"]) -> Float[Array, ""]:
     """The largest |π/π_old − 1| of a token; what a mask left out is 0 in both and counts for nothing.
 
+    log π/π_old is clamped at 20, as in the losses, so that the number is finite.
+
     >>> ratio_deviation(jnp.log(jnp.array([0.5, 0.3])), jnp.log(jnp.array([0.5, 0.25])))
     Array(0.2, dtype=float32)
     """
-    return jnp.max(jnp.abs(jnp.expm1(as_float(logps) - as_float(old_logps))), initial=0)
+    log_ratio = jnp.minimum(as_float(logps) - as_float(old_logps), LOG_RATIO_LIMIT)
+    return jnp.max(jnp.abs(jnp.expm1(log_ratio)), initial=0)
