@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.logprobs import entropy, next_token_logps, sequence_logps, token_logps
+from rlhf_jax.logprobs import entropy, next_token_logps, ratio_deviation, sequence_logps, token_logps
 from tests.properties import Case, Properties, mask_of, normal
 
 
@@ -19,6 +19,7 @@ class TestProperties(Properties):
         Case(next_token_logps, normal("logits", shape=(5, 6), tokens=tokens), {"temperature": 0.7}, aligned=False),
         Case(entropy, normal("logits", shape=(5, 6)), scalars={"temperature": 0.7}),
         Case(sequence_logps, normal("logps", mask=mask_of())),
+        Case(ratio_deviation, normal("logps", "old_logps"), rowwise=False, aligned=False),
     )
 
 
@@ -103,6 +104,13 @@ def test_sequence_logps_sum_the_kept_tokens():
     logps = np.float32([[-1, -2, -4], [-8, -16, -32]])
     mask = np.array([[False, True, True], [False, False, False]])
     assert sequence_logps(logps, mask).tolist() == [-6, 0]
+
+
+def test_ratio_deviation_is_the_largest_either_way():
+    old = np.log(np.float32([[0.5, 0.2], [0.4, 1.0]]))
+    np.testing.assert_allclose(ratio_deviation(old + np.log(np.float32([[1.1, 0.7], [1, 1]])), old), 0.3, rtol=1e-5)
+    assert ratio_deviation(old, old) == 0 and ratio_deviation(old[:0], old[:0]) == 0
+    np.testing.assert_allclose(ratio_deviation(old + np.float32(1e-6), old), 1e-6, rtol=0.1)
 
 
 @pytest.mark.parametrize("fn", [token_logps, next_token_logps])
