@@ -24,6 +24,7 @@ def get_config() -> Experiment:
             "sft": sft.Config(
                 steps=100,
                 batch_size=32,
+                evaluate_every=20,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
             "reward_model": reward_model.Config(
