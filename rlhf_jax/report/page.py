@@ -160,8 +160,5 @@ def _figure(panel: Panel, identifier: str) -> str:
 def _configuration(run: Run) -> str:
     """config.json and the digests of the parameters, folded."""
     shown: list[tuple[str, Any]] = [("Configuration", run.config), ("Parameters", run.summary.get("params_digest"))]
-    return "".join(
-        f"<details><summary>{title}</summary><pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre></details>"
-        for title, value in shown
-        if value
-    )
+    blocks = [(title, escape(json.dumps(value, indent=2, ensure_ascii=False))) for title, value in shown if value]
+    return "".join(f"<details><summary>{title}</summary><pre>{text}</pre></details>" for title, text in blocks)

@@ -7,11 +7,11 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0
 
 
 def escape(text: Any) -> str:
-    """Any text as HTML that shows it: markup is escaped; control characters and lone surrogates, which HTML and UTF-8
+    r"""Any text as HTML that shows it: markup is escaped; control characters and lone surrogates, which HTML and UTF-8
     cannot hold, stand as Python writes them.
 
-    >>> print(escape('<b title="x">&\\x1b'))
-    &lt;b title=&quot;x&quot;&gt;&amp;\\x1b
+    >>> print(escape('<b title="x">&\x1b'))
+    &lt;b title=&quot;x&quot;&gt;&amp;\x1b
     """
     writable = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return html.escape(writable.translate(_CONTROLS))
