@@ -232,7 +232,7 @@ def hidden(
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         attend &= same
-        positions = _positions_in_segments(segment_ids)
+        positions = _positions_in_segments(segment_ids, positions)
     return _apply(spec, params, tokens, positions, attend)[0]
 
 
@@ -295,9 +295,9 @@ def _causal(query_mask, query_positions, key_mask, key_positions, window, *, off
     return attend | (own & ~query_mask[:, :, None])
 
 
-def _positions_in_segments(segment_ids):
+def _positions_in_segments(segment_ids, positions):
+    """Positions in a row, counted from where each segment starts."""
     starts = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )
-    index = jnp.arange(segment_ids.shape[1])
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
