@@ -101,4 +101,7 @@ def _key_data(tree: Any) -> Any:
 
 
 def _wrap_keys(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda x, y: jax.random.wrap_key_data(x) if _is_key(y) else x, tree, like)
+    def wrap(x: Any, y: Any) -> Any:
+        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(y)) if _is_key(y) else x
+
+    return jax.tree.map(wrap, tree, like)

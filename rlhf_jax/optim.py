@@ -32,7 +32,7 @@ class Optimizer:
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     final_share: float = 0.0
-    """Share of the peak learning rate that is left at the last step."""
+    """Share of the peak learning rate that is left after the last step."""
     b1: float = 0.9
     """Decay of Adam's first moment."""
     b2: float = 0.95
@@ -74,6 +74,7 @@ class Optimizer:
             if self.kind == "muon":
                 core = muon(
                     learning_rate,
+                    eps=self.eps,
                     weight_decay=self.weight_decay,
                     adam_b1=self.b1,
                     adam_b2=self.b2,

@@ -84,7 +84,7 @@ def keep_if(condition: jax.Array, old: TrainState, new: TrainState) -> TrainStat
     """`old` where the condition holds, `new` where it does not."""
     moving = [(state.step, state.params, state.opt_state) for state in (old, new)]
     step, params, opt_state = jax.tree.map(lambda a, b: jnp.where(condition, a, b), *moving)
-    return new.replace(step=step, params=params, opt_state=opt_state)
+    return dataclasses.replace(new, step=step, params=params, opt_state=opt_state)
 
 
 def with_learning_rate(opt_state: Any, hyper: Hyper) -> Any:
