@@ -26,6 +26,18 @@ class SomeReviews(MovieReviews):
         return Reviews(whole.train[::15], whole.validation[::15], whole.test[::15])
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Stages that are run again, as after a kill, find their programs compiled, as they would in a user's run."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("xla")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="session")
 def pretrained():
     reviews = SomeReviews().load()
