@@ -27,7 +27,8 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main, header, nav, footer { max-width: 1440px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 28px; }
 h1 { font-size: 26px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 20px; margin: 40px 0 2px; padding-top: 14px; border-top: 1px solid var(--grid); overflow-wrap: anywhere; }
+h2 { font-size: 20px; margin: 40px 0 2px; padding-top: 14px; border-top: 1px solid var(--grid); }
+h2 { overflow-wrap: anywhere; }
 h3 { font-size: 16px; margin: 26px 0 8px; }
 p { margin: 4px 0; }
 code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -88,7 +89,8 @@ for (const section of document.querySelectorAll(".table")) {
   const body = section.querySelector("tbody"), rows = [...body.rows];
   const heads = [...section.querySelectorAll("thead th")];
   const filter = section.querySelector("input"), shown = section.querySelector(".shown");
-  const texts = rows.map(row => [...row.querySelectorAll(".text")].map(cell => cell.textContent).join("\\n").toLowerCase());
+  const textOf = row => [...row.querySelectorAll(".text")].map(cell => cell.textContent).join("\\n").toLowerCase();
+  const texts = rows.map(textOf);
   const select = () => {
     const words = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
     let count = 0;

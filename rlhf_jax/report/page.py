@@ -119,7 +119,7 @@ def _stage_section(stage: Stage, identifier: str, samples_bytes: int) -> str:
     parts = [
         _figures(stage_panels(stage), identifier, "grid"),
         samples_table(stage, identifier, samples_bytes),
-        _figures(diagnostic_panels(stage), identifier, "grid small", "Diagnostics by step"),
+        _figures(diagnostic_panels(stage), f"{identifier}-by-step", "grid small", "Diagnostics by step"),
     ]
     if not any(parts):
         return ""

@@ -36,12 +36,12 @@ class Stage:
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, where it is there and finite."""
-        return self.together(name)[:2]
+        steps, values = self.together(name)
+        return steps, values
 
-    def together(self, *names: str) -> tuple[np.ndarray, ...]:
-        """Steps, then the values of several metrics, of the rows that have them all."""
-        columns = columns_of(self.rows, "step", *names)
-        return tuple(columns)
+    def together(self, *names: str) -> np.ndarray:
+        """`[1 + names, steps]`: steps, then the values of several metrics, of the rows that have them all."""
+        return columns_of(self.rows, "step", *names)
 
     def samples(self, when: str, *fields: str) -> np.ndarray:
         """`[fields, rows]` numbers of the samples "before" or "after", of the rows that have them all."""
