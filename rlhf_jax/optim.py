@@ -26,7 +26,7 @@ class Optimizer:
     learning_rate: float = 3e-4
     """Peak learning rate."""
     kind: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon on the blocks' matrices (Jordan 2024) with adamw on embeddings, norms and heads."""
+    """adamw, or muon on the blocks' matrices (Jordan 2024) with adamw, its momentum Nesterov's, on all else."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay from the peak to `final_share` of it over the stage."""
     warmup_steps: int = 0
