@@ -23,6 +23,7 @@ STYLE = (
     f"@media (prefers-color-scheme: dark) {{ :root {{ --page: #0d1117; --raised: #161b22; {_variables(DARK)} }} }}\n"
     """
 * { box-sizing: border-box; }
+[hidden] { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main, header, nav, footer { max-width: 1440px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 28px; }
@@ -40,6 +41,8 @@ nav { padding-top: 10px; display: flex; flex-wrap: wrap; gap: 2px 18px; }
 .grid { display: grid; gap: 18px 28px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 .grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); gap: 14px 24px; }
 figure { margin: 0; max-width: 560px; }
+.small figure { max-width: 350px; }
+figure.tall { grid-row: span 2; }
 figure > b { display: block; font-weight: 600; overflow-wrap: anywhere; }
 figcaption { color: var(--muted); font-size: 13px; line-height: 1.4; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -58,6 +61,7 @@ pre { background: var(--raised); padding: 12px; overflow: auto; max-height: 60vh
 .samples { width: 100%; font-size: 13.5px; line-height: 1.4; }
 .samples td, .samples th { padding: 6px 8px; vertical-align: top; border-bottom: 1px solid var(--grid); }
 .samples thead th { position: sticky; top: 0; background: var(--raised); z-index: 1; }
+.samples th.number { white-space: normal; }
 .samples .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; min-width: 150px; }
 .samples .completion { min-width: 240px; }
 .samples button { all: unset; cursor: pointer; font-weight: 600; color: inherit; }

@@ -87,7 +87,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` values, over fewer at both ends.
 
     >>> running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 3)
-    array([1.5, 3., 3., 3.])
+    array([1.5, 3. , 3. , 3. ])
     """
     ones = np.ones(window)
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
@@ -96,8 +96,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def line(ax: Axes, x: np.ndarray, y: np.ndarray, color: str, name: str | None = None, *, marks: bool = False) -> None:
     """A line by step; a long noisy one is faint under its running mean."""
     marker = "o" if marks or len(x) < 2 else None
-    if marks or len(x) < 60:
-        ax.plot(x, y, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=name)
+    if marks or len(x) < 60 or not _noisy(y):
+        ax.plot(*thin(x, y), color=color, linewidth=1.6, marker=marker, markersize=3.5, label=name)
         return
     window = 2 * (len(x) // 60) + 1
     ax.plot(*thin(x, y), color=color, linewidth=0.8, alpha=0.35)
@@ -105,17 +105,33 @@ def line(ax: Axes, x: np.ndarray, y: np.ndarray, color: str, name: str | None = 
     ax.plot(*thin(x, smooth), color=color, linewidth=1.6, label=name and f"{name}, mean of {window} steps")
 
 
-def histogram(ax: Axes, values: dict[str, np.ndarray], colors: dict[str, str], limits: tuple[float, float]) -> None:
+def _noisy(y: np.ndarray) -> bool:
+    """Whether it goes up and down much more than it goes anywhere: a schedule, for one, does not."""
+    return bool(np.abs(np.diff(y)).sum() > 3 * np.ptp(y))
+
+
+def histogram(ax: Axes, values: dict[str, np.ndarray], colors: dict[str, str], edges: np.ndarray) -> None:
     """Outlines of shares over the same bins, with a dashed line at each mean."""
-    edges = np.linspace(*limits, 31)
     for name, numbers in values.items():
-        counts, _ = np.histogram(np.clip(numbers, *limits), edges)
+        counts, _ = np.histogram(np.clip(numbers, edges[0], edges[-1]), edges)
         color, share = colors[name], counts / len(numbers)
         text = f"{name}, mean {numbers.mean():.3g}"
         ax.stairs(share, edges, color=color, linewidth=1.5, fill=False, label=text)
         ax.stairs(share, edges, color=color, fill=True, alpha=0.22)
         ax.axvline(numbers.mean(), color=color, linewidth=1.2, linestyle=(0, (4, 2)))
     ax.set_ylim(bottom=0)
+
+
+def edges(low: float, high: float) -> np.ndarray:
+    """Thirty bins."""
+    return np.linspace(low, high, 31)
+
+
+def whole_edges(*values: np.ndarray) -> np.ndarray:
+    """About thirty bins, each around equally many whole numbers: what is counted would else fall between bins."""
+    low, high = limits_of(*values)
+    width = max(1, round((high - low) / 30))
+    return np.arange(np.floor(low), high + width + 0.5, width) - 0.5
 
 
 def limits_of(*values: np.ndarray) -> tuple[float, float]:

@@ -74,7 +74,11 @@ def _small(stage: Stage, name: str) -> Panel | None:
 
 
 def _whole_steps(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+
+
+def _sentence(title: str) -> str:
+    return title[:1].upper() + title[1:]
 
 
 def loss(stage: Stage) -> Panel | None:
@@ -131,10 +135,9 @@ def path(stage: Stage) -> Panel | None:
         return None
     figure, axes = canvas.panel(height=1.55 * len(drawn) + 0.3, rows=len(drawn))
     for ax, (y, group) in zip(axes, drawn.items(), strict=True):
-        # The metric itself lies over its companion.
-        for z, (name, color, text) in enumerate(reversed(group)):
+        for z, (name, color, text) in enumerate(group):  # the metric itself lies over its companion
             steps, values = stage.series(name)
-            ax.plot(*canvas.thin(steps, values), color=color, linewidth=1.6, label=text, zorder=2 + z,
+            ax.plot(*canvas.thin(steps, values), color=color, linewidth=1.6, label=text, zorder=3 - z / 10,
                     marker="o" if len(steps) < 2 else None, markersize=3.5)  # fmt: skip
         canvas.name_axes(ax, None, y)
         if len(group) > 1:
@@ -167,7 +170,7 @@ def frontier(name: str) -> Callable[[Stage], Panel | None]:
         title = label(name).title
         canvas.name_axes(ax, "KL to reference (nats per sequence)", label(name).axis)
         return Panel(
-            f"{name}-kl", f"{title.capitalize()} against KL", f"Grey: first step, blue: last step.{text}", figure
+            f"{name}-kl", f"{_sentence(title)} against KL", f"Grey: first step, blue: last step.{text}", figure
         )
 
     return make
@@ -193,14 +196,18 @@ def before_after(name: str) -> Callable[[Stage], Panel | None]:
         if not found:
             return None
         figure, (ax,) = canvas.panel()
-        canvas.histogram(ax, found, WHEN, (0.0, 1.0) if name == "gold" else canvas.limits_of(*found.values()))
+        if name == "length":
+            edges = canvas.whole_edges(*found.values())
+        else:
+            edges = canvas.edges(0.0, 1.0) if name == "gold" else canvas.edges(*canvas.limits_of(*found.values()))
+        canvas.histogram(ax, found, WHEN, edges)
         known = label(name)
         canvas.name_axes(ax, known.axis, "share of samples")
         canvas.legend(ax)
         means = [float(values.mean()) for values in found.values()]
         change = f" The mean changes by {means[1] - means[0]:+.3f}." if len(means) == 2 else ""
         counts = " and ".join(f"{len(values)} {when}" for when, values in found.items())
-        return Panel(f"{name}-samples", f"{known.title.capitalize()} of the samples", f"{counts}.{change}", figure)
+        return Panel(f"{name}-samples", f"{_sentence(known.title)} of the samples", f"{counts}.{change}", figure)
 
     return make
 
@@ -265,15 +272,17 @@ def reliability(stage: Stage) -> Panel | None:
     intervals = np.array([accuracy_interval(a * n, int(n)) for a, n in zip(won, count, strict=True)])
     errors = np.clip(np.abs(intervals.T - won), 0, None)
     ax.errorbar(confidence, won, errors, color=PALETTE["score"], linewidth=1.2, marker="o", markersize=4,
-                elinewidth=0.9, label="reward model, 95% interval")  # fmt: skip
+                elinewidth=0.9, label="reward model")  # fmt: skip
     low = min(0.4, float(intervals.min()) - 0.02)
     ax.bar(confidence, (0.96 - low) * 0.25 * count / count.max(), bottom=low, width=0.03, color=MUTED, alpha=0.35,
-           label="share of pairs")  # fmt: skip
+           label="pairs")  # fmt: skip
     ax.set_ylim(low, 1.02)
     canvas.name_axes(ax, "confidence, P(preferred wins)", "accuracy (share of pairs)")
     canvas.legend(ax)
     ece = float((count * np.abs(won - confidence)).sum() / count.sum())
-    caption = f"ECE {ece:.3f} over {count.sum():.0f} held-out pairs: the mean distance from the diagonal."
+    caption = (
+        f"ECE {ece:.3f} over {count.sum():.0f} held-out pairs, the mean distance from the diagonal; 95% intervals."
+    )
     return Panel("reliability", "Calibration of the reward model", caption, figure)
 
 
@@ -283,7 +292,7 @@ def margins(stage: Stage) -> Panel | None:
     if not len(values):
         return None
     figure, (ax,) = canvas.panel()
-    canvas.histogram(ax, {"pairs": values}, {"pairs": PALETTE["score"]}, canvas.limits_of(values))
+    canvas.histogram(ax, {"pairs": values}, {"pairs": PALETTE["score"]}, canvas.edges(*canvas.limits_of(values)))
     ax.axvline(0, color=INK, linewidth=0.8)
     canvas.name_axes(ax, "score(winner) − score(loser)", "share of pairs")
     canvas.legend(ax)
@@ -322,7 +331,7 @@ def readme_figure(workdirs: Sequence[Path], path: Path) -> None:
     pooled = {when: np.concatenate([stage.samples(when, "gold")[0] for stage in stages]) for when in WHEN}
     pooled = {when: values for when, values in pooled.items() if len(values)}
     if pooled:
-        canvas.histogram(right, pooled, WHEN, (0.0, 1.0))
+        canvas.histogram(right, pooled, WHEN, canvas.edges(0.0, 1.0))
         canvas.legend(right)
     canvas.name_axes(right, "gold score of held-out samples (P(positive))", "share of samples")
     runs = f"{len(stages)} seeds, thick: mean" if len(stages) > 1 else "PPO"

@@ -47,7 +47,7 @@ LABELS = {
     "skipped_updates": Label("updates skipped", "count"),
     "steps": Label("steps"),
     "tokens_per_second": Label("speed", "tokens per second"),
-    "vader": Label("VADER, never trained on", "compound"),
+    "vader": Label("VADER", "compound, −1 to 1"),
     "value_clipped": Label("values clipped", "share of tokens"),
     "value_loss": Label("value loss"),
 }

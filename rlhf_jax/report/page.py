@@ -86,11 +86,11 @@ def _facts(run: Run) -> str:
 
 
 def _headline(run: Run) -> str:
-    """The figures of every stage's summary; what was measured before and after stands in one row."""
+    """The figures of every stage's summary; one that was measured before and after has both in its row."""
     rows = [row for stage in run.stages for row in _summary_rows(stage)]
     if not rows:
         return ""
-    head = "".join(f'<th class="number">{name}</th>' for name in ("before", "after", "change"))
+    head = "".join(f'<th class="number">{name}</th>' for name in ("value", "before", "change"))
     return (
         '<section id="headline"><h2>Headline figures</h2><table class="headline"><thead><tr><th>stage</th>'
         f"<th>figure</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></section>"
@@ -98,8 +98,10 @@ def _headline(run: Run) -> str:
 
 
 def _summary_rows(stage: Stage) -> list[str]:
-    rows = []
+    rows: list[str] = []
     for name, value in stage.summary.items():
+        if name == "steps":
+            continue  # the stage's own section says it
         base = name.removesuffix("_after")
         if name.endswith("_before") and name.removesuffix("_before") + "_after" in stage.summary:
             continue  # told with its "after"
@@ -108,9 +110,10 @@ def _summary_rows(stage: Stage) -> list[str]:
         change = f"{after - before:+.3f}" if after is not None and before is not None else ""
         shown = escape(figure_text(value) if after is not None or isinstance(value, str) else json.dumps(value))
         unit = f' <span class="muted">{escape(known.unit)}</span>' if known.unit else ""
-        cells = (figure_text(before) if before is not None else "", shown, change)
+        cells = (shown, figure_text(before) if before is not None else "", change)
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        rows.append(f"<tr><td>{escape(stage.name)}</td><td>{escape(known.title)}{unit}</td>{numbers}</tr>")
+        first = "" if rows else escape(stage.name)
+        rows.append(f"<tr><td>{first}</td><td>{escape(known.title)}{unit}</td>{numbers}</tr>")
     return rows
 
 
@@ -154,7 +157,9 @@ def _keyed(panels: Sequence[Panel]) -> Mapping[str, Panel]:
 def _figure(panel: Panel, identifier: str) -> str:
     svg = canvas.to_svg(panel.figure, identifier, escape(panel.title))
     caption = f"<figcaption>{escape(panel.caption)}</figcaption>"
-    return f'<figure id="{identifier}"><b>{escape(panel.title)}</b>{svg}{caption}</figure>'
+    width, height = panel.figure.get_size_inches()
+    kind = ' class="tall"' if height > width else ""
+    return f'<figure id="{identifier}"{kind}><b>{escape(panel.title)}</b>{svg}{caption}</figure>'
 
 
 def _configuration(run: Run) -> str:

@@ -20,11 +20,13 @@ def escape(text: Any) -> str:
 def figure_text(value: Any) -> str:
     """A number in few digits; anything else as it is.
 
-    >>> [figure_text(one) for one in (0.81234, 1234567, 12345.678, 3e-6, True, "x")]
-    ['0.812', '1,234,567', '12,346', '3e-06', 'True', 'x']
+    >>> [figure_text(one) for one in (0.81234, 1234567, 12345.678, 12.9, 3e-6, True, "x")]
+    ['0.812', '1,234,567', '12,346', '12.90', '3e-06', 'True', 'x']
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or abs(value) >= 1e4:
         return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.2f}"
     return f"{value:.3f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"

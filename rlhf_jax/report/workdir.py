@@ -96,8 +96,9 @@ def read_run(workdir: Path) -> Run:
     rows = _rows(workdir / "metrics.jsonl", "stage", "step")
     stage_configs = _inside(_inside(config, "experiment"), "stages")
     folders = sorted(path.name for path in workdir.iterdir() if _is_stage(path))
+    summarised = [name for name, value in summary.items() if isinstance(value, dict) and name != "params_digest"]
     # In the order in which they run: as configured, then as they wrote.
-    names = dict.fromkeys([*stage_configs, *(str(row["stage"]) for row in rows), *folders])
+    names = dict.fromkeys([*stage_configs, *(str(row["stage"]) for row in rows), *summarised, *folders])
     stages = [
         _stage(
             workdir,

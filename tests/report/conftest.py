@@ -130,6 +130,7 @@ def workdir(tmp_path: Path) -> Path:
     return full_run(tmp_path / "seed-0")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run():
+    """The function, since test files cannot import this one."""
     return full_run
