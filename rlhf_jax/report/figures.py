@@ -236,10 +236,11 @@ def heldout_score_by_length(stage: Stage) -> Panel | None:
     columns = [_numbers(stage, name) for name in ("lengths", "scores")]
     if not len(columns[0]) or len(columns[0]) != len(columns[1]):
         return None
-    return _clouds({"held-out completions": np.stack(columns)}, "length-score-heldout", "of held-out completions")
+    clouds = {"held-out completions": np.stack(columns)}
+    return _clouds(clouds, "length-score-heldout", "of held-out completions", " Scores as trained, not yet normalised.")
 
 
-def _clouds(clouds: dict[str, np.ndarray], key: str, of: str) -> Panel | None:
+def _clouds(clouds: dict[str, np.ndarray], key: str, of: str, note: str = "") -> Panel | None:
     if not clouds:
         return None
     figure, (ax,) = canvas.panel()
@@ -253,7 +254,7 @@ def _clouds(clouds: dict[str, np.ndarray], key: str, of: str) -> Panel | None:
         texts.append(f"{name} {pearson(lengths, scores):+.2f}")
     canvas.name_axes(ax, label("length").axis, label("score").axis)
     canvas.legend(ax)
-    return Panel(key, f"Score against length {of}", f"Correlation: {', '.join(texts)}.", figure)
+    return Panel(key, f"Score against length {of}", f"Correlation: {', '.join(texts)}.{note}", figure)
 
 
 def _numbers(stage: Stage, name: str) -> np.ndarray:

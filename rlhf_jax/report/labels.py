@@ -43,6 +43,8 @@ LABELS = {
     "ratio_deviation": Label("largest |ratio − 1| before update"),
     "reward": Label("reward after KL penalty", "score"),
     "score": Label("reward-model score"),
+    "score_mean": Label("mean of scores as trained"),
+    "score_std": Label("standard deviation of scores as trained"),
     "seq_kl": Label("KL to reference", "nats per sequence"),
     "skipped_updates": Label("updates skipped", "count"),
     "steps": Label("steps"),

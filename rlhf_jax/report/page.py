@@ -15,7 +15,8 @@ from rlhf_jax.report.samples import samples_table
 from rlhf_jax.report.text import escape, figure_text
 from rlhf_jax.report.workdir import Run, Stage, number
 
-SAMPLES_BYTES = 1_200_000  # of all sample tables together: the page stays below 3 MB
+PAGE_BYTES = 2_900_000  # what the sample tables fill up to, when there are that many samples
+SAMPLES_BYTES = 200_000, 1_200_000  # least and most of all sample tables together
 
 
 def render(run: Run) -> str:
@@ -24,10 +25,14 @@ def render(run: Run) -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     # The browser itself holds the page to it: no network, and no script but the report's own.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    with_samples = sum(bool(stage.before or stage.after) for stage in run.stages)
     identifiers = _identifiers([stage.name for stage in run.stages])
+    figures = [_stage_figures(stage, identifiers[stage.name]) for stage in run.stages]
+    left = PAGE_BYTES - sum(len(one) for pair in figures for one in pair)
+    with_samples = sum(bool(stage.before or stage.after) for stage in run.stages)
+    share = min(max(left, SAMPLES_BYTES[0]), SAMPLES_BYTES[1]) // max(with_samples, 1)
     sections = [
-        _stage_section(stage, identifiers[stage.name], SAMPLES_BYTES // max(with_samples, 1)) for stage in run.stages
+        _stage_section(stage, identifiers[stage.name], drawn, share)
+        for stage, drawn in zip(run.stages, figures, strict=True)
     ]
     links = [
         f'<a href="#{identifiers[stage.name]}">{escape(stage.name)}</a>'
@@ -117,13 +122,18 @@ def _summary_rows(stage: Stage) -> list[str]:
     return rows
 
 
-def _stage_section(stage: Stage, identifier: str, samples_bytes: int) -> str:
-    """Figures, diagnostics and samples of a stage; nothing where it has written nothing."""
-    parts = [
+def _stage_figures(stage: Stage, identifier: str) -> tuple[str, str]:
+    """The main figures, and one for every other metric."""
+    return (
         _figures(stage_panels(stage), identifier, "grid"),
-        samples_table(stage, identifier, samples_bytes),
         _figures(diagnostic_panels(stage), f"{identifier}-by-step", "grid small", "Diagnostics by step"),
-    ]
+    )
+
+
+def _stage_section(stage: Stage, identifier: str, figures: tuple[str, str], samples_bytes: int) -> str:
+    """Figures, samples and diagnostics of a stage; nothing where it has written nothing."""
+    main, diagnostics = figures
+    parts = [main, samples_table(stage, identifier, samples_bytes), diagnostics]
     if not any(parts):
         return ""
     facts = [escape(stage.config["class"])] if isinstance(stage.config.get("class"), str) else []

@@ -1,5 +1,7 @@
 """The table of samples: a row a prompt, its completions before and after side by side, and their readings."""
 
+import numpy as np
+
 from rlhf_jax.report.labels import label
 from rlhf_jax.report.text import escape
 from rlhf_jax.report.workdir import Row, Stage, number
@@ -14,9 +16,9 @@ def samples_table(stage: Stage, identifier: str, most_bytes: int) -> str:
     if not pairs:
         return ""
     sides = [when for when, rows in (("before", stage.before), ("after", stage.after)) if rows]
-    # The KL before training is 0 in every row, and a column that says nothing is left out.
+    # The KL before training is 0 but for rounding, and a column that says nothing is left out.
     columns = [
-        (name, when) for name in READINGS for when in sides if any(value != 0 for value in stage.samples(when, name)[0])
+        (name, when) for name in READINGS for when in sides if (np.abs(stage.samples(when, name)[0]) >= 5e-3).any()
     ]
     lines, size = [], 0
     for prompt, before, after in pairs:
