@@ -18,6 +18,14 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For modules whose programs run once or twice: compiled in half the time, to run slower."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_float32_cpu_devices():
     """A plugin that started JAX earlier would make the two settings above void without a word."""

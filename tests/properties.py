@@ -116,6 +116,7 @@ def spoil(x: np.ndarray, kept: np.ndarray, garbage: float) -> np.ndarray:
     return np.where(kept.reshape(kept.shape + (1,) * (x.ndim - kept.ndim)), x, x.dtype.type(garbage))
 
 
+@pytest.mark.usefixtures("compile_quickly")
 class Properties:
     """Inherited by the test class of a module, which sets `cases`."""
 

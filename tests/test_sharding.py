@@ -14,9 +14,12 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.logprobs import next_token_logps
 from rlhf_jax.masking import token_mean
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.models.heads import box
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SPEC = ModelSpec(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_len=16, qk_norm=True
@@ -31,8 +34,11 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     )
 
 
-def boxed(key):
-    return models.init(SPEC, key)
+BOXES = jax.eval_shape(lambda: models.init(SPEC, jax.random.key(0)))
+
+
+def boxed(params):
+    return box(params, BOXES)
 
 
 def loss_fn(params, batch, hyper, key):
@@ -49,9 +55,9 @@ def batches():
 
 def make_state(mesh, kind="adamw"):
     optimizer = Optimizer(1e-3, kind=kind).make(3)
-    return optimizer, sharded_state(
-        mesh, boxed, jax.random.key(0), optimizer, {"learning_rate": 1e-3}, jax.random.key(1)
-    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, sharding.unbox(BOXES))
+    return optimizer, sharded_state(mesh, boxed, params, optimizer, {"learning_rate": 1e-3}, jax.random.key(1))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from rlhf_jax.masking import sequence_mean, token_mean
 from rlhf_jax.train_step import compiled, create_state, in_parts, keep_if, make_train_step
 from rlhf_jax.types import Mean, TrainState
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 RNG = np.random.default_rng(0)
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)

@@ -14,6 +14,8 @@ from rlhf_jax.models.heads import box
 from tests.models import reference
 from tests.models.test_transformer import FRESH, INIT, LENGTHS, PLAIN, TEXTS, left, make, right, with_holes
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 init_with_head, score, values = (  # the spec is part of the program
     jax.jit(fn, static_argnums=0) for fn in (heads.init_with_head, heads.score, heads.values)
 )

@@ -12,6 +12,8 @@ from rlhf_jax import models, sharding
 from rlhf_jax.models import ModelSpec
 from tests.models import reference
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PLAIN = ModelSpec(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=48, max_len=16, rope_theta=100.0
 )
