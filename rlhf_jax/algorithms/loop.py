@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
@@ -51,7 +52,7 @@ class Loop:
         self._cursor: Cursor | None = None
         self._pending: tuple[int, Metrics, float] | None = None
         self._signal: int | None = None
-        self._clock = time.monotonic()
+        self._times: deque[tuple[float, int]] = deque(maxlen=11)
 
     def __enter__(self) -> Self:
         self._writer = MetricsWriter(
@@ -82,7 +83,7 @@ class Loop:
         return state
 
     def __iter__(self) -> Iterator[int]:
-        self._clock = time.monotonic()
+        self._times.append((time.monotonic(), 0))
         while self._step < self.steps:
             self._step += 1
             yield self._step
@@ -94,9 +95,10 @@ class Loop:
         Raises NonFiniteError, before anything is saved, where a metric is not finite, and Stopped after a signal.
         """
         self._flush()
-        now = time.monotonic()
-        self._pending = (self._step, metrics, tokens / max(now - self._clock, 1e-9))
-        self._clock = now
+        # Over several steps: the host runs ahead of the device, by as much as a step, and falls back at an evaluation.
+        self._times.append((time.monotonic(), tokens))
+        seconds = self._times[-1][0] - self._times[0][0]
+        self._pending = (self._step, metrics, sum(n for _, n in list(self._times)[1:]) / max(seconds, 1e-9))
         last = self._step == self.steps
         if last or self._step % self._every == 0 or self._signal is not None:
             self._flush()
