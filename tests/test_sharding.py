@@ -1,7 +1,5 @@
 """A mesh changes where numbers live, not what they are."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,7 @@ from rlhf_jax.models.heads import box
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
+from tests.compiling import no_compiling
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -58,23 +57,6 @@ def make_state(mesh, kind="adamw"):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, sharding.unbox(BOXES))
     return optimizer, sharded_state(mesh, boxed, params, optimizer, {"learning_rate": 1e-3}, jax.random.key(1))
-
-
-@contextlib.contextmanager
-def no_compiling():
-    """Fails if anything inside is compiled."""
-    seen = []
-
-    def listen(event, duration, **kwargs):
-        if event.endswith("backend_compile_duration"):
-            seen.append(kwargs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert seen == []
 
 
 @pytest.fixture(scope="module")
