@@ -1,6 +1,6 @@
 """The base LM that the package bundles, from nothing: a 4,096-piece tokenizer and 3.4M parameters on movie reviews.
 
-    rlhf-jax run configs/pretrain_reviews.py              (2 CPU cores, 50 minutes; expected held-out loss: 3.80)
+    rlhf-jax run configs/pretrain_reviews.py              (2 CPU cores, 55 minutes; expected held-out loss: 3.80)
     python configs/pretrain_reviews.py runs/pretrain_reviews      (puts the finished run into rlhf_jax/bundled)
 
 16M tokens in rows of 128 that start at sentences; Muon on the blocks' matrices, AdamW elsewhere.

@@ -28,7 +28,8 @@ ROWS = (
     ("… after", "ppo.distinct2_after", "{:.3f}"),
     ("mean length in tokens, SFT", "ppo.length_before", "{:.1f}"),
     ("… after", "ppo.length_after", "{:.1f}"),
-    ("largest deviation of the ratio from 1 before an update", "ppo.ratio_deviation", "{:.1e}"),
+    ("largest deviation from 1, before an update, of the ratio in the loss", "ppo.ratio_deviation", "{:.1e}"),
+    ("… of the ratio to the log-probs that the sampler read with its cache", "ppo.sampling_deviation", "{:.1e}"),
     ("minutes", "seconds", "{:.1f}"),
     ("peak memory, GB", "peak_memory_bytes", "{:.1f}"),
 )

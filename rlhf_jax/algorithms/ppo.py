@@ -371,8 +371,8 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     )
     write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
     lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
-    deviation = max(line["ratio_deviation"] for line in lines)
-    return {**compare(before, after), "ratio_deviation": deviation, "steps": config.steps}
+    deviations = {key: max(line[key] for line in lines) for key in ("ratio_deviation", "sampling_deviation")}
+    return {**compare(before, after), **deviations, "steps": config.steps}
 
 
 def initial_state(algorithm: Algorithm, context: Context, name: str, policy: Params, critic: Params) -> State:

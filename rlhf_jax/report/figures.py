@@ -42,7 +42,7 @@ SHOWN = {  # metrics that the main figures hold
     "seq_kl_exact", "length",
 }  # fmt: skip
 CLIPPED = ("policy_clipped", "value_clipped")
-FIRST = ("entropy", *CLIPPED, "explained_variance", "kl_coef", "kl", "no_eos", "ratio_deviation")
+FIRST = ("entropy", *CLIPPED, "explained_variance", "kl_coef", "kl", "no_eos", "ratio_deviation", "sampling_deviation")
 
 
 def diagnostic_panels(stage: Stage) -> list[Panel]:
@@ -68,7 +68,7 @@ def _small(stage: Stage, name: str) -> Panel | None:
     _whole_steps(ax)
     if name in CLIPPED or name in ("entropy", "no_eos"):
         ax.set_ylim(bottom=0)
-    if name == "ratio_deviation" and values.min() > 0:
+    if name.endswith("_deviation") and values.min() > 0:
         ax.set_yscale("log")
     return Panel(name, known.title, f"last {values[-1]:.4g}", figure)
 

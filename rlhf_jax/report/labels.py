@@ -42,6 +42,7 @@ LABELS = {
     "policy_loss": Label("policy loss"),
     "ratio_deviation": Label("largest |ratio − 1| before update"),
     "reward": Label("reward after KL penalty", "score"),
+    "sampling_deviation": Label("largest |ratio to the sampler − 1|"),
     "score": Label("reward-model score"),
     "score_mean": Label("mean of scores as trained"),
     "score_std": Label("standard deviation of scores as trained"),

@@ -128,8 +128,9 @@ def test_learns_and_reports(make_context):
     assert np.mean([line["score"] for line in lines[-3:]]) > np.mean([line["score"] for line in lines[:3]]) + 0.1
     assert figures["score_after"] > figures["score_before"] + 0.1
     assert figures["seq_kl"] > 0 and 0 <= figures["ratio_deviation"] < 1e-5
-    wanted = {"score", "gold", "kl", "seq_kl", "seq_kl_exact", "entropy", "ratio_deviation", "policy_clipped",
-              "value_clipped", "explained_variance", "length", "no_eos", "tokens_per_second"}  # fmt: skip
+    assert 0 < figures["sampling_deviation"] < 1e-4
+    wanted = {"score", "gold", "kl", "seq_kl", "seq_kl_exact", "entropy", "ratio_deviation", "sampling_deviation",
+              "policy_clipped", "value_clipped", "explained_variance", "length", "no_eos", "tokens_per_second"}  # fmt: skip
     assert all(wanted <= line.keys() for line in lines)
     rows = read_jsonl(context.stage_dir("ppo") / "samples.jsonl")
     before, after = rows[:40], rows[40:]

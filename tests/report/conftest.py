@@ -62,7 +62,8 @@ def ppo_rows(rng: np.random.Generator, stage: str, steps: int) -> list[dict]:
         score = 1.6 * done + rng.normal(0, 0.06)
         row = {"stage": stage, "step": step, "seconds": 3.1 * step, "score": score, "seq_kl": kl, "kl": kl / 38}
         row |= {"gold": 0.5 + 0.36 * done + rng.normal(0, 0.015), "reward": score - 0.05 * kl, "kl_coef": 0.05}
-        row |= {"seq_kl_exact": kl * rng.normal(1, 0.04), "entropy": 4.4 - 1.2 * done, "ratio_deviation": 4e-6}
+        row |= {"seq_kl_exact": kl * rng.normal(1, 0.04), "entropy": 4.4 - 1.2 * done}
+        row |= {"ratio_deviation": 4e-6, "sampling_deviation": 9e-6}
         row |= {"policy_loss": -0.04 * rng.random(), "value_loss": 0.2 - 0.1 * done, "approx_kl": 0.01 * rng.random()}
         row |= {"policy_clipped": 0.12 * rng.random(), "value_clipped": 0.3 * rng.random()}
         row |= {"explained_variance": 0.7 * done - 0.1, "length": 37.5 + rng.normal(0, 0.3), "no_eos": 0.9}
@@ -118,7 +119,8 @@ def full_run(workdir: Path, seed: int = 0) -> Path:
         "sft": {"heldout_loss": 4.0801, "steps": 200},
         "reward_model": {"accuracy": 0.8127, "log_loss": 0.4312, "ece": 0.0214, "external_accuracy": 0.781},
         "ppo": {"gold_before": 0.512, "gold_after": 0.861, "length_before": 37.6, "length_after": 37.1, "seq_kl": 12.9,
-                "distinct2_before": 0.71, "distinct2_after": 0.66, "ratio_deviation": 4e-6, "steps": 40},
+                "distinct2_before": 0.71, "distinct2_after": 0.66, "ratio_deviation": 4e-6,
+                "sampling_deviation": 9e-6, "steps": 40},
         "seconds": 312.4, "peak_memory_bytes": 2_310_000_000, "params_digest": {"sft": "ab" * 32},
     }  # fmt: skip
     write_json(workdir / "summary.json", figures)
