@@ -14,6 +14,7 @@ from rlhf_jax.algorithms.context import BASE, Context, Kind, StageConfig
 from rlhf_jax.config import Experiment, from_dict
 from rlhf_jax.data.formats import Pair, Scored, read_judged
 from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.data.text import fitted
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals import evaluate_pairs
 from rlhf_jax.evals.ranking import evaluate_ranking
@@ -135,11 +136,11 @@ def _agreement(scores: np.ndarray, targets: Sequence[float], path: Path) -> dict
 
 
 def _row(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], bool]:
-    """BOS, prompt, text, EOS, and whether it was cut; the prompt loses its start, then the text its end."""
+    """BOS, prompt, text, EOS, cut as in training, and whether it was."""
     before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     after = [*tokenizer.encode(text), tokenizer.eos_id]
-    kept = after[: length - 1]
-    return before[-(length - len(kept)) :] + kept, len(before) + len(after) > length
+    kept_before, kept_after = fitted(before, after, length=length)
+    return kept_before + kept_after, len(before) + len(after) > length
 
 
 def _context(experiment: Experiment, workdir: Path) -> Context:

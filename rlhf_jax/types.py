@@ -67,9 +67,8 @@ class TrainState:
 LossFn = Callable[[Params, Batch, Hyper, Key], tuple[Mean, dict[str, Mean]]]
 
 
-@flax.struct.dataclass
-class Rollout:
-    """Prompts with their sampled completions, aligned on tokens and filled step by step.
+class Rollout(flax.struct.PyTreeNode):
+    """Prompts with their sampled completions, aligned on tokens and filled step by step; None is not filled yet.
 
     Every `[b, t]` array is 0 where its mask is False. `logps[:, t]` scores `tokens[:, t]`; `values[:, t]` is the value
     before token t; `completion_mask` includes EOS.
@@ -78,14 +77,14 @@ class Rollout:
     tokens: Int[Array, "b t"]
     prompt_mask: Bool[Array, "b t"]
     completion_mask: Bool[Array, "b t"]
-    logps: Float[Array, "b t"] | None = None  # of the behaviour policy
-    ref_logps: Float[Array, "b t"] | None = None
-    values: Float[Array, "b t"] | None = None
-    scores: Float[Array, " b"] | None = None  # raw, one a sequence
-    rewards: Float[Array, "b t"] | None = None  # after the KL penalty
-    advantages: Float[Array, "b t"] | None = None
-    returns: Float[Array, "b t"] | None = None
-    group_ids: Int[Array, " b"] | None = None
+    logps: Float[Array, "b t"] = flax.struct.field(default=None)  # of the behaviour policy
+    ref_logps: Float[Array, "b t"] = flax.struct.field(default=None)
+    values: Float[Array, "b t"] = flax.struct.field(default=None)
+    scores: Float[Array, " b"] = flax.struct.field(default=None)  # raw, one a sequence
+    rewards: Float[Array, "b t"] = flax.struct.field(default=None)  # after the KL penalty
+    advantages: Float[Array, "b t"] = flax.struct.field(default=None)
+    returns: Float[Array, "b t"] = flax.struct.field(default=None)
+    group_ids: Int[Array, " b"] = flax.struct.field(default=None)
 
     @property
     def mask(self) -> Bool[Array, "b t"]:
@@ -97,9 +96,9 @@ class Rollout:
 class PreferenceBatch:
     """Prompts with k completions each and the pairs that were judged; a chosen/rejected pair is k = 2, p = 1."""
 
-    tokens: Int[Array, "b k t"]
-    mask: Bool[Array, "b k t"]
-    completion_mask: Bool[Array, "b k t"]
-    pairs: Int[Array, "b p 2"]  # (winner, loser), indices into k
-    weights: Float[Array, "b p"]  # 0 where there is no pair
-    margins: Float[Array, "b p"]
+    tokens: Int[ArrayLike, "b k t"]
+    mask: Bool[ArrayLike, "b k t"]
+    completion_mask: Bool[ArrayLike, "b k t"]
+    pairs: Int[ArrayLike, "b p 2"]  # (winner, loser), indices into k
+    weights: Float[ArrayLike, "b p"]  # 0 where there is no pair
+    margins: Float[ArrayLike, "b p"]

@@ -107,7 +107,7 @@ def mask_of(size: int = 5) -> Callable:
     return make
 
 
-def close(actual, expected, rtol=2e-5, atol=2e-6):
+def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
 
 
@@ -144,17 +144,17 @@ class Properties:
         numpy_arrays, numpy_row = arrays, rows[0]
         batch, by_row, mapped, of_numpy, deep = jax.device_get(several_ways(arrays, rows, deeper))
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *by_row)
-        close(mapped, stacked)
-        close(of_numpy, (batch, by_row[0]))
+        assert_close(mapped, stacked)
+        assert_close(of_numpy, (batch, by_row[0]))
         if case.rowwise:
-            close(stacked, batch)
-            close(jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), deep), batch)
+            assert_close(stacked, batch)
+            assert_close(jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), deep), batch)
 
     def test_scalars_may_be_traced_and_mapped(self, swept):
         arrays = swept.arrays(4)
         mapped = jax.jit(jax.vmap(lambda scalars: swept(arrays, **scalars)))
         out = mapped({name: np.float32([value, value]) for name, value in swept.scalars.items()})
-        close(jax.tree.map(lambda x: x[1], jax.device_get(out)), swept.compiled(arrays))
+        assert_close(jax.tree.map(lambda x: x[1], jax.device_get(out)), swept.compiled(arrays))
 
     def test_gradient_equals_finite_differences(self, case, float64):
         arrays = case.arrays(4, dtype=np.float64)
@@ -214,7 +214,7 @@ class Properties:
     def test_half_precision_is_promoted_before_anything_else(self, case):
         arrays = case.arrays(4, dtype=jnp.bfloat16)
         wide = {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
-        close(case.compiled(arrays), case.compiled(wide))
+        assert_close(case.compiled(arrays), case.compiled(wide))
 
     def test_integers_and_wrong_shapes_are_refused_by_name(self, case):
         arrays = case.arrays(4)

@@ -232,8 +232,8 @@ def stages(**changes):
 
 class TestValidate:
     def test_passes(self):
-        config.validate(experiment(), 1)
-        config.validate(experiment(mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 8)
+        assert config.validate(experiment(), 1) is None
+        assert config.validate(experiment(mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 8) is None
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -276,7 +276,7 @@ class TestValidate:
         assert fail(config.validate, experiment(**changes), 8).startswith(message)
 
     def test_an_int_is_a_float(self):
-        config.validate(experiment(**stages(value_clip=1)), 8)
+        assert config.validate(experiment(**stages(value_clip=1)), 8) is None
 
 
 class TestJson:

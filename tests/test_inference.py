@@ -178,7 +178,7 @@ class TestScore:
         prompt, text = tokenizer.encode("a b c d e f g"), tokenizer.encode(" h i j")
         whole = [tokenizer.bos_id, *prompt, *text, tokenizer.eos_id]
         assert inference._row(tokenizer, "a b c d e f g", " h i j", len(whole)) == (whole, False)
-        assert inference._row(tokenizer, "a b c d e f g", " h i j", 6) == (whole[-6:], True)
+        assert inference._row(tokenizer, "a b c d e f g", " h i j", 6) == ([whole[0], *whole[-5:]], True)
         assert inference._row(tokenizer, "", " h i j", 3) == ([tokenizer.bos_id, *text[:2]], True)
 
     def test_texts_with_scores(self, run, write):

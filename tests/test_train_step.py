@@ -44,7 +44,7 @@ def fresh(optimizer=SGD, **hyper) -> TrainState:
     return create_state(params, optimizer, {"learning_rate": 0.1, "weight": 1.0, **hyper}, jax.random.key(0))
 
 
-def close(actual, expected):
+def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), actual, expected)
 
 
@@ -54,10 +54,10 @@ def test_a_step_of_gradient_descent_by_hand():
     error = x @ np.array([0.5, -1.0, 2.0]) - y
     gradient = 2 * x.T @ error / len(y)
     after, metrics = make_train_step(regression(token_mean), SGD)(state, data)
-    close(after.params["w"], [0.5, -1.0, 2.0] - 0.1 * gradient)
-    close(metrics["loss"], (error**2).mean())
-    close(metrics["error"], error.mean())
-    close(metrics["grad_norm"], np.linalg.norm(gradient))
+    assert_close(after.params["w"], [0.5, -1.0, 2.0] - 0.1 * gradient)
+    assert_close(metrics["loss"], (error**2).mean())
+    assert_close(metrics["error"], error.mean())
+    assert_close(metrics["grad_norm"], np.linalg.norm(gradient))
     assert after.step == 1 and state.step == 0
 
 
@@ -75,7 +75,7 @@ def test_microbatches_are_the_whole_batch(reduce, optimizer):
             seen.append(metrics)
         ends.append((state.params, state.opt_state, seen))
     for end in ends[1:]:
-        close(end, ends[0])
+        assert_close(end, ends[0])
 
 
 def test_token_mean_and_sequence_mean_differ_on_unequal_rows():
@@ -110,7 +110,7 @@ def test_a_sweep_maps_over_the_scalars_of_the_state():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, data)
     for i, state in enumerate(states):
-        close(together.params["w"][i], step(state, data)[0].params["w"])
+        assert_close(together.params["w"][i], step(state, data)[0].params["w"])
     assert np.abs(together.params["w"][0] - together.params["w"][1]).max() > 1e-3
 
 

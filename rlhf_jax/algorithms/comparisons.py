@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax.algorithms.context import Context, check_positive
+from rlhf_jax.algorithms.context import Context, check_positive, check_prompt_tokens
 from rlhf_jax.data import preferences
-from rlhf_jax.data.formats import Pair, read_pairs
+from rlhf_jax.data.formats import Pair, hold_out, read_pairs
 from rlhf_jax.data.preferences import Annotators, PreferenceGroup, from_pair
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.text import sentence_starts
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.text import fitted, sentence_starts
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.metrics import Progress
 from rlhf_jax.numerics import require
@@ -60,9 +59,7 @@ class SampledPairs:
         require("pairs.snippets", self.snippets, "[0, inf)")
         require("pairs.label_noise", self.label_noise, "[0, 0.5)")
         require("pairs.disagreement", self.disagreement, "[0, inf)")
-        low, high = self.prompt_tokens
-        if not 1 <= low <= high:
-            raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {self.prompt_tokens}")
+        check_prompt_tokens(self.prompt_tokens)
 
     @property
     def length(self) -> int:
@@ -78,10 +75,14 @@ class PairsFile:
     """The file."""
     heldout_share: float = 0.1
     """Share of the rows, the last ones, kept for evaluation."""
+    samples: int = 256
+    """Prompts that the initial policy completes, to normalise the scores on."""
+    completion_tokens: int = 40
+    """Most tokens of such a completion."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.heldout_share < 1:
-            raise ValueError(f"pairs.heldout_share must be between 0 and 1, got {self.heldout_share}")
+        check_positive(self, "samples", "completion_tokens")
+        require("pairs.heldout_share", self.heldout_share, "(0, 1)")
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,29 @@ def load(pairs: SampledPairs | PairsFile, context: Context, name: str) -> Compar
     return Comparisons(splits["train"], splits["heldout"], pairs.completions)
 
 
-def split_file(pairs: PairsFile) -> tuple[list[Pair], list[Pair]]:
+def split_file(pairs: PairsFile) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """The rows to train on and those held out; raises UserError with the file, and the row where one is wrong."""
-    rows = read_pairs(pairs.path)
-    heldout = max(1, round(len(rows) * pairs.heldout_share))
-    if len(rows) <= heldout:
-        raise UserError(f"{pairs.path}: {len(rows)} pairs; at least 2 are needed, one of them held out")
-    return rows[:-heldout], rows[-heldout:]
+    return hold_out(read_pairs(pairs.path), pairs.heldout_share, pairs.path)
+
+
+def policy_samples(
+    pairs: PairsFile, data: Comparisons, context: Context, name: str, *, policy: str, length: int, batch_size: int
+) -> list[list[int]]:
+    """Rows of the file's prompts, the held-out ones first, each completed by a policy."""
+    room = length - pairs.completion_tokens
+    groups = [*data.heldout, *data.train[: max(0, pairs.samples - len(data.heldout))]][: pairs.samples]
+    sampler = Sampler(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        prompt_length=room,
+        max_new_tokens=pairs.completion_tokens,
+        sampling=Sampling(),
+        batch_size=batch_size,
+    )
+    prompts = [fitted(group.prompt_tokens, (), length=room)[0] for group in groups]
+    samples = sampler(context.policy_params(policy), prompts, context.key(f"{name}/normalize"))
+    return [sample.prompt + sample.tokens for sample in samples]
 
 
 def _sample(pairs: SampledPairs, context: Context, name: str) -> dict[str, list[PreferenceGroup]]:

@@ -117,6 +117,13 @@ def named(kind: Kind, **fields: str) -> dict[str, tuple[str, Kind]]:
     return {field: (stage, kind) for field, stage in fields.items() if stage != BASE or kind == "reward"}
 
 
+def check_prompt_tokens(prompt_tokens: tuple[int, int]) -> None:
+    """Raise ValueError unless it is (fewest, most) with 1 <= fewest <= most."""
+    low, high = prompt_tokens
+    if not 1 <= low <= high:
+        raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {prompt_tokens}")
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Raise ValueError, naming the field, for one of a dataclass's fields that is not at least 1."""
     values = dataclasses.asdict(config)

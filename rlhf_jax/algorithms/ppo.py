@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import kl, losses, masking, models, sharding
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import onpolicy
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, check_positive, check_prompt_tokens, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.evals.policy import compare, write_samples
@@ -96,9 +96,7 @@ class Config:
     def __post_init__(self) -> None:
         names = ("steps", "batch_size", "completion_tokens", "epochs", "minibatches", "num_microbatches")
         check_positive(self, *names, "exact_kl_rows", "evaluation_prompts", "checkpoint_every")
-        low, high = self.prompt_tokens
-        if not 1 <= low <= high:
-            raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {self.prompt_tokens}")
+        check_prompt_tokens(self.prompt_tokens)
         parts = self.minibatches * self.num_microbatches
         if self.batch_size % parts:
             raise ValueError(
@@ -143,8 +141,7 @@ class Config:
         return 1 + self.prompt_tokens[1]
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """All that changes: policy, critic, KL controller."""
 
     policy: TrainState

@@ -54,7 +54,8 @@ class Config:
     centering: float = 0.0
     """Weight of (r_chosen + r_rejected)², which holds scores around 0 (Eisenstein et al. 2023)."""
     normalize: bool = True
-    """Afterwards scores get mean 0 and standard deviation 1 on the held-out completions, samples of the SFT policy."""
+    """Afterwards scores get mean 0 and standard deviation 1 on samples: the held-out completions of `pairs.policy`, or,
+    where a file holds the pairs, completions of its prompts by `init`."""
     evaluate_every: int = 50
     """Steps between held-out accuracies; the last step has one too."""
     checkpoint_every: int = 50
@@ -70,6 +71,8 @@ class Config:
             raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
         if isinstance(self.pairs, SampledPairs) and self.pairs.length > self.length:
             raise ValueError(f"length={self.length} must hold BOS, prompt and completion of pairs: {self.pairs.length}")
+        if isinstance(self.pairs, PairsFile) and self.pairs.completion_tokens >= self.length:
+            raise ValueError(f"length={self.length} must exceed pairs.completion_tokens={self.pairs.completion_tokens}")
 
     @property
     def produces(self) -> Kind:
@@ -165,7 +168,14 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     report = evaluate_groups(score, data.heldout, length=config.length)  # before normalising, which changes the odds
     external = review_accuracy(score, context.reviews.test, tokenizer, length=config.length)
     write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)
-    mean, std = float(report.scores.mean()), float(report.scores.std())
+    if isinstance(config.pairs, PairsFile):
+        samples = comparisons.policy_samples(
+            config.pairs, data, context, name, policy=config.init, length=config.length, batch_size=config.batch_size
+        )
+        scores = score(samples)
+    else:
+        scores = report.scores
+    mean, std = float(scores.mean()), float(scores.std())
     finish(context, name, normalized(state.params, mean, std) if config.normalize else state.params)
     return {
         "accuracy": report.pairs.accuracy,

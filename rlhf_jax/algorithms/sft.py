@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.algorithms.context import BASE, Context, Kind, named
+from rlhf_jax.algorithms.context import BASE, Context, Kind, check_prompt_tokens, named
 from rlhf_jax.algorithms.supervised import SupervisedConfig, fit
-from rlhf_jax.data.formats import Example, read_examples
+from rlhf_jax.data.formats import Example, hold_out, read_examples
 from rlhf_jax.data.pipeline import packed
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.text import Row, opening
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.text import Row, fitted, opening
 from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.numerics import require
 
 MakeRow = Callable[[Any, np.random.Generator], Row | None]
 
@@ -31,9 +31,7 @@ class Openings:
     """Most tokens of a completion; EOS, where the text ends inside them, is one."""
 
     def __post_init__(self) -> None:
-        low, high = self.prompt_tokens
-        if not 1 <= low <= high:
-            raise ValueError(f"prompt_tokens must be (fewest, most) with 1 <= fewest <= most, got {self.prompt_tokens}")
+        check_prompt_tokens(self.prompt_tokens)
         if self.completion_tokens < 1:
             raise ValueError(f"completion_tokens must be at least 1, got {self.completion_tokens}")
 
@@ -53,8 +51,7 @@ class Examples:
     """Share of the rows kept for the held-out loss."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.heldout_share < 1:
-            raise ValueError(f"heldout_share must be between 0 and 1, got {self.heldout_share}")
+        require("data.heldout_share", self.heldout_share, "(0, 1)")
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,8 @@ def _example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
     def make_row(example: Example, rng: np.random.Generator) -> Row:
         del rng
         prompt = [tokenizer.bos_id, *tokenizer.encode(example.prompt)]
-        completion = [*tokenizer.encode(example.completion), tokenizer.eos_id][: row_length - 1]
-        # A row that is too long loses the start of its prompt first.
-        return _row(prompt[-(row_length - len(completion)) :], completion)
+        completion = [*tokenizer.encode(example.completion), tokenizer.eos_id]
+        return _row(*fitted(prompt, completion, length=row_length))
 
     return make_row
 
@@ -141,9 +137,5 @@ def _row(prompt: list[int], completion: list[int]) -> Row:
     return Row([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
 
 
-def _split(data: Examples) -> tuple[list[Example], list[Example]]:
-    rows = read_examples(data.path)
-    heldout = max(1, round(len(rows) * data.heldout_share))
-    if len(rows) <= heldout:
-        raise UserError(f"{data.path}: {len(rows)} rows; at least 2 are needed, one of them held out")
-    return rows[:-heldout], rows[-heldout:]
+def _split(data: Examples) -> tuple[Sequence[Example], Sequence[Example]]:
+    return hold_out(read_examples(data.path), data.heldout_share, data.path)

@@ -65,6 +65,14 @@ def read_judged(path: Path) -> list[Pair] | list[Scored]:
     raise row.error(f"expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score'; the row has {row.names}")
 
 
+def hold_out(rows: Sequence[T], share: float, path: Path) -> tuple[Sequence[T], Sequence[T]]:
+    """A file's rows to train on, and the last `share` of them, at least one, held out; UserError if none is left."""
+    heldout = max(1, round(len(rows) * share))
+    if len(rows) <= heldout:
+        raise UserError(f"{path}: a single row; at least 2 are needed, one of them held out")
+    return rows[:-heldout], rows[-heldout:]
+
+
 def render(messages: Sequence[dict[str, str]]) -> str:
     r"""A conversation as text, a paragraph a turn.
 
@@ -115,9 +123,10 @@ class _Row:
         except UnicodeEncodeError as error:
             raise self.error(f"{name!r}: \\u{ord(text[error.start]):04x} is half a character") from None
 
-    def messages(self, name: str, *, empty: bool = False) -> list[dict[str, str]]:
+    def messages(self, name: str, *, prompt: bool = False) -> list[dict[str, str]]:
+        """A conversation; one that is no prompt ends with the assistant's turn, which says something."""
         value = self.require(name)
-        if not isinstance(value, list) or not (value or empty):
+        if not isinstance(value, list) or not (value or prompt):
             raise self.error(f"{name!r} must be a list of messages, found {_short(value)}")
         for message in value:
             good = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
@@ -125,7 +134,9 @@ class _Row:
                 roles = ", ".join(_SPEAKERS)
                 raise self.error(f"{name!r}: a message has a role ({roles}) and a content, found {_short(message)}")
             self.check_characters(name, message["content"])
-        if value and not empty and not value[-1]["content"].strip():
+        if not prompt and value[-1]["role"] != "assistant":
+            raise self.error(f"{name!r}: the last message must be the assistant's, found {value[-1]['role']!r}")
+        if not prompt and not value[-1]["content"].strip():
             raise self.error(f"{name!r}: the last message is empty")
         return value
 
@@ -134,14 +145,15 @@ class _Row:
 
 
 def _pair(row: _Row) -> Pair:
-    margin = abs(row.number("margin")) if "margin" in row.fields else 0.0
+    margin = row.number("margin") if "margin" in row.fields else 0.0
     if {"score_chosen", "score_rejected"} <= row.fields.keys():
         margin = row.number("score_chosen") - row.number("score_rejected")
+    margin = max(margin, 0.0)  # where the scores contradict the choice, the choice counts
     conversation = row.is_list("chosen")
     if conversation:
         chosen, rejected = (row.messages(name) for name in ("chosen", "rejected"))
         if "prompt" in row.fields:
-            prompt = row.messages("prompt", empty=True) if row.is_list("prompt") else row.text("prompt", empty=True)
+            prompt = row.messages("prompt", prompt=True) if row.is_list("prompt") else row.text("prompt", empty=True)
         else:
             shared = _shared(chosen[:-1], rejected[:-1])
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
@@ -149,7 +161,9 @@ def _pair(row: _Row) -> Pair:
         return Pair(before, render(chosen), render(rejected), margin)
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if "prompt" in row.fields:
-        prompt = render(row.messages("prompt", empty=True)) if row.is_list("prompt") else row.text("prompt", empty=True)
+        prompt = (
+            render(row.messages("prompt", prompt=True)) if row.is_list("prompt") else row.text("prompt", empty=True)
+        )
         return Pair(prompt, chosen, rejected, margin)
     # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say.
     shared = _shared(chosen, rejected)
@@ -165,7 +179,7 @@ def _example(row: _Row) -> Example:
         return Example(render(messages[:-1]), render(messages[-1:]))
     if "completion" in row.fields:
         if row.is_list("completion"):
-            prompt = render(row.messages("prompt", empty=True))
+            prompt = render(row.messages("prompt", prompt=True))
             return Example(prompt, render(row.messages("completion")))
         return Example(row.text("prompt", empty=True), row.text("completion"))
     if "text" in row.fields:

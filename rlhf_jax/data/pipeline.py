@@ -10,6 +10,7 @@ from grain.experimental import FirstFitPackIterDataset
 from jaxtyping import Bool, Int
 
 from rlhf_jax.data.text import Row
+from rlhf_jax.types import ArrayLike
 
 # In the caller's thread: reading ahead of steps of hundreds of milliseconds gains nothing.
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -19,9 +20,9 @@ _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 class PackedBatch:
     """Rows that hold several texts each; segment 0 is padding."""
 
-    tokens: Int[np.ndarray, "b t"]
-    segment_ids: Int[np.ndarray, "b t"]
-    loss_mask: Bool[np.ndarray, "b t"]
+    tokens: Int[ArrayLike, "b t"]
+    segment_ids: Int[ArrayLike, "b t"]
+    loss_mask: Bool[ArrayLike, "b t"]
 
 
 def packed(

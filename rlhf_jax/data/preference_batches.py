@@ -35,7 +35,7 @@ def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions:
         for j, row in enumerate(group.rows(length)):
             tokens[i, j, : len(row)] = row
             mask[i, j, : len(row)] = True
-            completion_mask[i, j, max(len(row) - len(group.completion_tokens[j]), 0) : len(row)] = True
+            completion_mask[i, j, max(len(row) - len(group.completion_tokens[j]), 1) : len(row)] = True
         n = len(group.pairs)
         pairs[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
         weights[i, :n] = 1

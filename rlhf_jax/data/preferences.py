@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rlhf_jax.data.formats import Pair
+from rlhf_jax.data.text import fitted
 from rlhf_jax.interop.tokenizers import Tokenizer
 
 _SCORE_LIMIT = 1e-6  # a probability of exactly 0 or 1 has no logit
@@ -33,14 +34,9 @@ class PreferenceGroup:
     source: str
 
     def rows(self, length: int) -> list[list[int]]:
-        """Prompt and completion, one row a completion; a row that is too long loses the start of its prompt first."""
-        rows = []
-        for tokens in self.completion_tokens:
-            completion = list(tokens[:length])
-            prompt = list(self.prompt_tokens)
-            kept = min(len(prompt), length - len(completion))
-            rows.append(prompt[len(prompt) - kept :] + completion)
-        return rows
+        """Prompt and completion, one row a completion, cut as `fitted` does."""
+        cut = (fitted(self.prompt_tokens, tokens, length=length) for tokens in self.completion_tokens)
+        return [prompt + completion for prompt, completion in cut]
 
     def is_cut(self, length: int) -> bool:
         """Whether `rows(length)` loses tokens."""

@@ -11,6 +11,7 @@ from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.text import opening
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.types import ArrayLike
 
 _CHARACTERS = 400  # of a review; far more than the longest prefix has
 
@@ -18,8 +19,8 @@ _CHARACTERS = 400  # of a review; far more than the longest prefix has
 class PromptBatch(NamedTuple):
     """Left-padded prompts, each with BOS."""
 
-    tokens: Int[np.ndarray, "b p"]
-    mask: Bool[np.ndarray, "b p"]
+    tokens: Int[ArrayLike, "b p"]
+    mask: Bool[ArrayLike, "b p"]
 
 
 def review_prompts(

@@ -27,6 +27,19 @@ class Opening(NamedTuple):
     completion: list[int]  # ends with EOS where the text does
 
 
+def fitted(prompt: Sequence[int], completion: Sequence[int], *, length: int) -> tuple[list[int], list[int]]:
+    """Prompt and completion cut to `length` tokens together: the prompt's first token, BOS, always stays; what follows
+    it goes first, from its start on, then the end of the completion.
+
+    >>> fitted([1, 5, 6, 7], [8, 9], length=4)
+    ([1, 7], [8, 9])
+    """
+    bos, *rest = prompt
+    kept = list(completion[: length - 1])
+    room = length - 1 - len(kept)
+    return [bos, *rest[max(0, len(rest) - room) :]], kept
+
+
 def sentence_starts(text: str) -> list[int]:
     """Offsets at which a sentence starts: 0, and after ., ! or ? and a space.
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.masking import last_index
 from rlhf_jax.models import transformer
 from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.types import Key, Params
+from rlhf_jax.types import ArrayLike, Key, Params
 
 
 def init_with_head(spec: ModelSpec, key: Key, trunk: Params | None = None) -> Params:
@@ -35,14 +35,18 @@ def box(params: Params, boxes: Params) -> Params:
     )
 
 
-def score(spec: ModelSpec, params: Params, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
+def score(
+    spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
+) -> Float[Array, " b"]:
     """One score a sequence, read at its last kept token; float32, for any padding."""
     states = transformer.hidden(spec, params["trunk"], tokens, mask)
     last = jnp.maximum(last_index(mask), 0)
     return _head(params, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
 
 
-def values(spec: ModelSpec, params: Params, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+def values(
+    spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
+) -> Float[Array, "b t"]:
     """V before each token: entry t is the head's output at t − 1, entry 0 is 0; float32."""
     outputs = _head(params, transformer.hidden(spec, params["trunk"], tokens, mask))
     return jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)))

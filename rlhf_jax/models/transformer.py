@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.masking import positions as mask_positions
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.sharding import constrain
-from rlhf_jax.types import Key, Params
+from rlhf_jax.types import ArrayLike, Key, Params
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,8 +27,7 @@ _REMAT_POLICIES = {
 }
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """Keys and values of the tokens read so far, in slots 0 … length-1 of every row."""
 
     keys: Float[Array, "L B S K H"]
@@ -216,10 +215,10 @@ def init(spec: ModelSpec, key: Key) -> Params:
 def hidden(
     spec: ModelSpec,
     params: Params,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"] | None = None,
+    tokens: Int[ArrayLike, "B T"],
+    mask: Bool[ArrayLike, "B T"] | None = None,
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole rows; the state at t has read tokens 0 … t.
 
@@ -246,7 +245,7 @@ def unembed(spec: ModelSpec, params: Params, hidden_states: Float[Array, "*B D"]
 
 
 def logits(
-    spec: ModelSpec, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+    spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"] | None = None
 ) -> Float[Array, "B T V"]:
     """Next-token logits, float32, for any padding; `logits[:, t]` predicts `tokens[:, t + 1]`."""
     return unembed(spec, params, hidden(spec, params, tokens, mask))
@@ -265,9 +264,12 @@ def init_cache(spec: ModelSpec, batch: int, length: int) -> Cache:
 
 
 def extend(
-    spec: ModelSpec, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], cache: Cache
+    spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], cache: Cache
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Read T more tokens of each row after those in the cache: a prompt at once, or a token at a time."""
+    """Read T more tokens of each row after those in the cache: a prompt at once, or a token at a time.
+
+    The caller counts: past the last slot of the cache a new token takes the place of the last one.
+    """
     before = jnp.sum(cache.mask, axis=1, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
     at = (0, cache.length)

@@ -22,8 +22,8 @@ from rlhf_jax.data.reviews import Review
 from rlhf_jax.errors import UserError
 
 # Words alone: pairs of words would lift the accuracy on pairs of unseen RT sentences of opposite label from 0.863 to
-# 0.887, but a reward model of the quickstart's size, trained half as long, agreed less with such a judge: on 0.76 of the
-# held-out pairs, not 0.81.
+# 0.887, but a reward model of the quickstart's size, trained half as long as there, agreed less with such a judge: on
+# 0.76 of the held-out pairs, not 0.81.
 _FEATURES = {
     "min_df": 4,
     "sublinear_tf": True,

@@ -14,14 +14,14 @@ from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.sampling.transforms import Sampling, draw_token, transform_logits
 from rlhf_jax.sharding import constrain
-from rlhf_jax.types import Key, Params, Rollout
+from rlhf_jax.types import ArrayLike, Key, Params, Rollout
 
 
 def generate(
     spec: ModelSpec,
     params: Params,
-    prompts: Int[Array, "b p"],
-    prompt_mask: Bool[Array, "b p"],
+    prompts: Int[ArrayLike, "b p"],
+    prompt_mask: Bool[ArrayLike, "b p"],
     key: Key,
     *,
     max_new_tokens: int,

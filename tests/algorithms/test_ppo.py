@@ -130,7 +130,8 @@ def test_learns_and_reports(make_context):
     assert figures["seq_kl"] > 0 and 0 <= figures["ratio_deviation"] < 1e-5
     assert 0 < figures["sampling_deviation"] < 1e-4
     wanted = {"score", "gold", "kl", "seq_kl", "seq_kl_exact", "entropy", "ratio_deviation", "sampling_deviation",
-              "policy_clipped", "value_clipped", "explained_variance", "length", "no_eos", "tokens_per_second"}  # fmt: skip
+              "policy_clipped", "value_clipped", "explained_variance", "length", "no_eos",
+              "tokens_per_second"}  # fmt: skip
     assert all(wanted <= line.keys() for line in lines)
     rows = read_jsonl(context.stage_dir("ppo") / "samples.jsonl")
     before, after = rows[:40], rows[40:]

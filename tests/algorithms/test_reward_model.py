@@ -117,10 +117,15 @@ def test_a_file_of_pairs_trains_the_same_stage(context, tmp_path):
               "rejected": [{"role": "assistant", "content": "bad"}]}] * 10  # fmt: skip
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = reward_model.Config(pairs=PairsFile(path), **{**CONFIG, "steps": 40})
+    config = reward_model.Config(pairs=PairsFile(path, completion_tokens=12), **{**CONFIG, "steps": 40})
     config.check_inputs()
     figures = reward_model.train(config, context, "rm")
     assert figures["accuracy"] == 1.0
+    data = comparisons.load(config.pairs, context, "rm")
+    sampled = comparisons.policy_samples(config.pairs, data, context, "rm", policy="sft", length=24, batch_size=8)
+    assert len(sampled) == 40 and all(row[0] == context.tokenizer.bos_id and len(row) <= 24 for row in sampled)
+    scores = reward_model.RewardNetwork(SPEC, context.mesh, length=24, pad_id=0)(context.head_params("rm"), sampled)
+    assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() == pytest.approx(1, abs=1e-4)
     path.write_text('{"prompt": "a", "chosen": "b"}\n')
     with pytest.raises(UserError, match=r"pairs.jsonl, line 1: no field 'rejected'"):
         config.check_inputs()

@@ -37,6 +37,7 @@ def write(tmp_path):
         ({**PAIR, "prompt": []}, Pair("", "good", "bad")),
         ({**PAIR, "margin": 2}, Pair("p", "good", "bad", 2.0)),
         ({**PAIR, "score_chosen": 4.5, "score_rejected": 3}, Pair("p", "good", "bad", 1.5)),
+        ({**PAIR, "score_chosen": 2, "score_rejected": 3}, Pair("p", "good", "bad", 0.0)),  # the choice counts
         # Implicit prompt: what both begin with, up to a space, so that "not" is not cut into "no" and "t".
         ({"chosen": "It is now.", "rejected": "It is not."}, Pair("It is", " now.", " not.")),
         ({"chosen": "Yes it is", "rejected": "Yes it"}, Pair("Yes", " it is", " it")),
@@ -105,6 +106,8 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_rows(write):
         (read_examples, {"text": ""}, "'text' is empty"),
         (read_examples, {"prompt": "p", "response": "r"}, "expected 'prompt' and 'completion', 'messages', or 'text'"),
         (read_examples, {"messages": []}, "'messages' must be a list of messages"),
+        (read_examples, {"messages": [ASSISTANT, USER]}, "the last message must be the assistant's, found 'user'"),
+        (read_pairs, {"chosen": [USER], "rejected": [RUDE]}, "the last message must be the assistant's, found 'user'"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_file_and_line(write, reader, bad, message):

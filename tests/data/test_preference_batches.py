@@ -53,11 +53,12 @@ def test_a_long_row_keeps_its_completion_and_the_end_of_its_prompt(length):
     long = group(5, prompt=6)
     batch = batch_groups([long], pad_id=PAD, completions=2, length=length)
     for row, completion in enumerate(long.completion_tokens):
-        whole = [*long.prompt_tokens, *completion]
-        expected = whole[-length:] if len(completion) <= length else list(completion[:length])
-        assert batch.tokens[0, row][batch.mask[0, row]].tolist() == expected
+        bos, *rest = [*long.prompt_tokens, *completion]
+        room = length - 1
+        expected = rest[max(0, len(rest) - room) :] if len(completion) <= room else list(completion[:room])
+        assert batch.tokens[0, row][batch.mask[0, row]].tolist() == [bos, *expected]
         kept = batch.tokens[0, row][batch.completion_mask[0, row]].tolist()
-        assert kept == list(completion[:length])
+        assert kept == list(completion[:room])
     assert (batch.completion_mask <= batch.mask).all() and (batch.tokens[~batch.mask] == PAD).all()
 
 

@@ -97,11 +97,11 @@ def test_a_pair_of_a_file_is_a_group_of_two(tokenizer):
     assert from_pair(Pair("", "a", "b"), tokenizer).prompt_tokens == (tokenizer.bos_id,)
 
 
-def test_rows_lose_the_start_of_their_prompt_first():
+def test_rows_keep_bos_and_lose_the_start_of_their_prompt_first():
     long = group(7, completions=3)  # prompt 2 5 7, completions of 1, 2 and 3 tokens
     assert long.rows(9) == [[2, 5, 7, 10], [2, 5, 7, 10, 11], [2, 5, 7, 10, 11, 12]] and not long.is_cut(6)
-    assert long.rows(4) == [[2, 5, 7, 10], [5, 7, 10, 11], [7, 10, 11, 12]] and long.is_cut(4) and long.is_cut(5)
-    assert long.rows(2) == [[7, 10], [10, 11], [10, 11]]
+    assert long.rows(4) == [[2, 5, 7, 10], [2, 7, 10, 11], [2, 10, 11, 12]] and long.is_cut(4) and long.is_cut(5)
+    assert long.rows(2) == [[2, 10], [2, 10], [2, 10]]
 
 
 def test_what_is_written_is_read_back(tmp_path):
