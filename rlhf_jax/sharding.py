@@ -23,6 +23,7 @@ RULES = (
     ("kv", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
+    ("expert", "expert"),
     ("layers", None),
 )
 
@@ -37,6 +38,8 @@ class MeshConfig:
     """Fully sharded data parallelism: the batch and the parameters are split."""
     tensor: int = 1
     """Tensor parallelism: heads, hidden units and vocabulary are split."""
+    expert: int = 1
+    """Expert parallelism: the experts of a mixture are split."""
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -62,7 +65,7 @@ class MeshConfig:
         return {field.name: fill if size == -1 else size for field, size in zip(fields(self), sizes, strict=True)}
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.data, self.fsdp, self.tensor
+        return self.data, self.fsdp, self.tensor, self.expert
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

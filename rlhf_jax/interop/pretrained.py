@@ -3,7 +3,7 @@
 import functools
 import importlib.resources
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,7 +56,7 @@ class Bundled:
     def spec(self) -> ModelSpec:
         """Read from the package's model card."""
         spec = ModelSpec(**_bundled_card()["spec"])
-        return ModelSpec(**{**asdict(spec), "unroll": self.unroll or spec.n_layers})
+        return replace(spec, unroll=self.unroll or spec.n_layers)
 
     def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
         """Parameters in float32 (stored in bfloat16) and the tokenizer that comes with them."""

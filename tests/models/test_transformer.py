@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax import models, sharding
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.models.spec import Experts, LinearRope
 from tests.models import reference
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -26,12 +27,22 @@ EVERYTHING = {
     "logits_softcap": 3.0,
     "tied": False,
 }
+BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 VARIANTS = {
     "plain": {},
     "grouped-window": {"n_kv_heads": 2, "window": 3},
     "qk_norm-untied": {"qk_norm": True, "tied": False},
     "everything": EVERYTHING,
-}
+    "gpt2-like": {"positions": "learned", "norm": "layer", "activation": "gelu_tanh", "gated": False, **BIASES},
+    "neox-like": {"rotary_dim": 4, "norm": "layer", "activation": "gelu", "gated": False, "parallel": True,
+                  "scale_embedding": False, "tied": False, **BIASES},
+    "gemma-like": {"activation": "gelu_tanh", "post_norms": True, "qk_norm": True, "query_scale": 0.2, "window": 3,
+                   "local_layers": (True, False), "local_rope_theta": 10.0, "rope_scaling": LinearRope(4.0),
+                   "attention_softcap": 2.0, "logits_softcap": 3.0},
+    "experts": {"n_kv_heads": 2, "experts": Experts(number=5, per_token=2)},
+    "experts-raw": {"experts": Experts(number=3, per_token=2, normalize=False), "local_layers": (False, True),
+                    "window": 2},
+}  # fmt: skip
 LENGTHS, WIDTH = (7, 4, 1), 9
 RNG = np.random.default_rng(0)
 INIT, HIDDEN, LOGITS, EXTEND = (  # the spec is part of the program

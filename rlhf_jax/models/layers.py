@@ -1,0 +1,198 @@
+"""The parts of a decoder block, as linen modules; `transformer` stacks the blocks.
+
+Shapes: B batch, T query positions, S key positions, D model, N query heads, K key/value heads, H head, F feed-forward,
+L layers, E experts.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rlhf_jax.models.experts import mix_experts
+from rlhf_jax.models.rope import rotate
+from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.sharding import constrain
+
+ACTIVATIONS = {"silu": nn.silu, "gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
+ROUTER = "router"
+"""The collection in which each block leaves what the router did."""
+
+
+class Norm(nn.Module):
+    """x / rms(x) · scale, in float32 (Zhang and Sennrich 2019); or LayerNorm with a bias (Ba et al. 2016)."""
+
+    eps: float
+    kind: str = "rms"
+    axis_name: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise the last axis."""
+        scale = self.param("scale", named(nn.initializers.ones, self.axis_name), x.shape[-1:], jnp.float32)
+        wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        out = wide * inverse * scale
+        if self.kind == "layer":
+            out += self.param("bias", named(nn.initializers.zeros, self.axis_name), x.shape[-1:], jnp.float32)
+        return out.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; reads and writes its layer of the cache when there is one."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, attend_BTS, layer, keys, values, start):
+        """[B, T, D] -> [B, T, D], and the cache's keys and values with this layer's written from slot `start` on."""
+        s = self.spec
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        project = partial(dense, self, x=x_BTD, init=init, bias=s.qkv_bias)
+        q_BTNH = project("query", shape=(s.d_model, s.n_heads, s.head_dim), axes=("embed", "heads", None))
+        k_BTKH = project("key", shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
+        v_BTKH = project("value", shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
+        if s.qk_norm:
+            q_BTNH = Norm(s.norm_eps, axis_name=None, name="query_norm")(q_BTNH)
+            k_BTKH = Norm(s.norm_eps, axis_name=None, name="key_norm")(k_BTKH)
+        if rope is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if keys is not None:
+            at = (layer, 0, start, 0, 0)
+            keys = jax.lax.dynamic_update_slice(keys, k_BTKH[None].astype(keys.dtype), at)
+            values = jax.lax.dynamic_update_slice(values, v_BTKH[None].astype(values.dtype), at)
+            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (keys, values))
+        out_BTNH = attend(s, q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), attend_BTS)
+        shape, axes = (s.n_heads, s.head_dim, s.d_model), ("heads", None, "embed")
+        out_init = nn.initializers.variance_scaling(
+            1.0 / (2 * s.n_layers), "fan_in", "normal", in_axis=(0, 1), out_axis=2
+        )
+        out = dense(self, "out", x=out_BTNH, shape=shape, axes=axes, init=out_init, bias=s.out_bias, inputs=2)
+        return out, keys, values
+
+
+class FeedForward(nn.Module):
+    """act(x W_gate) * x W_up, times W_down (Shazeer 2020); without a gate act(x W_up) W_down."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        """[B, T, D] -> [B, T, D]."""
+        s, act = self.spec, ACTIVATIONS[self.spec.activation]
+        into = partial(
+            dense,
+            self,
+            x=x_BTD,
+            shape=(s.d_model, s.d_ff),
+            axes=("embed", "mlp"),
+            init=nn.initializers.lecun_normal(),
+            bias=s.mlp_bias,
+        )
+        inner = act(into("gate")) * into("up") if s.gated else act(into("up"))
+        down_init = nn.initializers.variance_scaling(1.0 / (2 * s.n_layers), "fan_in", "normal")
+        shape, axes = (s.d_ff, s.d_model), ("mlp", "embed")
+        return dense(self, "down", x=inner, shape=shape, axes=axes, init=down_init, bias=s.mlp_bias)
+
+
+class ExpertsFeedForward(nn.Module):
+    """A router picks experts for each token; their gated outputs are summed by the router's weights."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        """[B, T, D] -> [B, T, D]; leaves each token's router probabilities and picks in the ROUTER collection."""
+        s, experts = self.spec, self.spec.experts
+        assert experts is not None
+        e, d, f = experts.number, s.d_model, s.d_ff
+        init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+        out_init = nn.initializers.variance_scaling(
+            1.0 / (2 * s.n_layers), "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
+        )
+        router = self.param("router", named(nn.initializers.lecun_normal(), "embed", None), (d, e), jnp.float32)
+        gate = self.param("gate", named(init, "expert", "embed", "mlp"), (e, d, f), jnp.float32)
+        up = self.param("up", named(init, "expert", "embed", "mlp"), (e, d, f), jnp.float32)
+        down = self.param("down", named(out_init, "expert", "mlp", "embed"), (e, f, d), jnp.float32)
+        kernels = tuple(kernel.astype(x_BTD.dtype) for kernel in (gate, up, down))
+        flat = x_BTD.reshape(-1, d)
+        logits = flat.astype(jnp.float32) @ router
+        out, picked = mix_experts(flat, logits, kernels, experts, ACTIVATIONS[s.activation])
+        self.sow(ROUTER, "logits", logits.reshape(*x_BTD.shape[:-1], e))
+        self.sow(ROUTER, "picked", picked.reshape(*x_BTD.shape[:-1], experts.per_token))
+        return out.reshape(x_BTD.shape)
+
+
+class Block(nn.Module):
+    """One layer; the carry is the residual stream and the whole cache, so that the cache is updated in place."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, carry, layer, local, ropes, attends, start):
+        """(carry, layer, whether it is local) -> (carry, None), as a scan wants it."""
+        s = self.spec
+        x_BTD, keys, values = carry
+        norm = partial(Norm, s.norm_eps, s.norm)
+        rope, attend_BTS = _of_kind(ropes, local), _of_kind(attends, local)
+        attended, keys, values = Attention(s, name="attention")(
+            norm(name="attention_norm")(x_BTD), rope, attend_BTS, layer, keys, values, start
+        )
+        if s.post_norms:
+            attended = norm(name="attention_post_norm")(attended)
+        read = x_BTD if s.parallel else x_BTD + attended
+        mlp = FeedForward if s.experts is None else ExpertsFeedForward
+        fed = mlp(s, name="mlp")(norm(name="mlp_norm")(read))
+        if s.post_norms:
+            fed = norm(name="mlp_post_norm")(fed)
+        x_BTD = x_BTD + attended + fed
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        return (x_BTD, keys, values), None
+
+
+def _of_kind(options: tuple[Any, ...], local: Any) -> Any:
+    """The layer's own of (for layers that see all, for local ones), or the only one there is."""
+    if len(options) == 1:
+        return options[0]
+    return jax.tree.map(lambda a, b: jnp.where(local, b, a), *options)
+
+
+def named(init: Any, *axes: str | None) -> Callable[..., Any]:
+    """An initialiser whose parameter knows the logical names of its axes."""
+    return init if axes == (None,) else nn.with_logical_partitioning(init, axes)
+
+
+def dense(module, name, *, x, shape, axes, init, bias, inputs=1):
+    """The last `inputs` axes of x times a kernel, as one matrix product: batched ones take twice as long on CPU."""
+    kernel = module.param(name, named(init, *axes), shape, jnp.float32).astype(x.dtype)
+    width = math.prod(shape[:inputs])
+    out = x.reshape(-1, width) @ kernel.reshape(width, -1)
+    out = out.reshape(*x.shape[: x.ndim - inputs], *shape[inputs:])
+    if not bias:
+        return out
+    zeros = named(nn.initializers.zeros, *axes[inputs:])
+    return out + module.param(f"{name}_bias", zeros, shape[inputs:], jnp.float32).astype(x.dtype)
+
+
+def attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):
+    """Softmax attention where `attend_BTS` allows it."""
+    mask = attend_BTS[:, None]  # one mask for all heads
+    scale = spec.head_dim**-0.5 if spec.query_scale is None else spec.query_scale
+    if spec.attention_softcap is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale)
+    # dot_product_attention has no hook between scores and softmax.
+    b, t, n, h = q_BTNH.shape
+    q = q_BTNH.reshape(b, t, spec.n_kv_heads, n // spec.n_kv_heads, h)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH, preferred_element_type=jnp.float32) * scale
+    scores = spec.attention_softcap * jnp.tanh(scores / spec.attention_softcap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
