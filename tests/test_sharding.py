@@ -148,9 +148,9 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 
 def test_mesh_sizes_are_filled_and_checked():
-    assert MeshConfig().resolve(8) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert MeshConfig(fsdp=2, tensor=2).resolve(8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert MeshConfig(data=1, fsdp=-1).resolve(4) == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert MeshConfig().resolve(8) == {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1}
+    assert MeshConfig(fsdp=2, tensor=2).resolve(8) == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+    assert MeshConfig(data=1, fsdp=-1).resolve(4) == {"data": 1, "fsdp": 4, "tensor": 1, "expert": 1}
     assert MeshConfig(fsdp=4, tensor=2).fixed_devices == 8
     with pytest.raises(UserError, match="multiple of 3 devices, 8 found"):
         MeshConfig(fsdp=3).resolve(8)
@@ -163,6 +163,6 @@ def test_mesh_sizes_are_filled_and_checked():
 
 
 def test_a_mesh_takes_all_devices_or_the_first():
-    assert dict(sharding.make_mesh(MeshConfig(tensor=2)).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(sharding.make_mesh(MeshConfig(tensor=2)).shape) == {"data": 4, "fsdp": 1, "tensor": 2, "expert": 1}
     assert sharding.single_device_mesh().devices.flatten().tolist() == jax.devices()[:1]
     assert shard(jax.device_put(jnp.zeros((4, 2)), sharding.replicated(mesh_of(2, 2, 2)))) == (4, 2)
