@@ -89,7 +89,7 @@ def sample(
         sampling=sampling,
         batch_size=n,
     )
-    samples = sampler(context.policy_params(name), [tokens] * n, jax.random.key(seed))
+    samples = sampler(context.policy(name), [tokens] * n, jax.random.key(seed))
     completions = [{"text": tokenizer.decode(s.tokens), "ended": s.ended, "tokens": len(s.tokens)} for s in samples]
     return {"prompt": prompt, "stage": name, "completions": completions}
 
@@ -111,7 +111,7 @@ def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
         rows += [row for row, _ in encoded]
         cut += any(was_cut for _, was_cut in encoded)
     network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=context.tokenizer.pad_id)
-    scores = network(context.head_params(name), rows)
+    scores = network(context.network(name), rows)
     targets = [one.score for one in judged if isinstance(one, Scored)]
     return {**_agreement(scores, targets, path), "cut": cut, "stage": name}
 

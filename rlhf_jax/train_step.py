@@ -10,25 +10,30 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax import sharding
+from rlhf_jax.models import lora
 from rlhf_jax.types import Batch, Hyper, Key, LossFn, Mean, Metrics, Params, TrainState
+
+_NO_BASE: Params = {}
 
 
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Build (state, batch) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict of them.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Build (state, batch, base={}) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict.
 
     The batch's rows are split into `num_microbatches`; totals and counts add up before the one division, so the result
     does not depend on the split. Metrics hold the loss, the loss's own metrics, and `grad_norm` before clipping.
+    `base` are frozen parameters: the loss reads `lora.merge(base, state.params)`, and the latter alone are trained.
     """
 
-    def total(params: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[jax.Array, tuple[Mean, dict[str, Mean]]]:
-        loss, metrics = loss_fn(params, batch, hyper, key)
+    def total(params: Params, base: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[jax.Array, Any]:
+        loss, metrics = loss_fn(lora.merge(base, params), batch, hyper, key)
         return loss.total, (loss, metrics)
 
-    gradient = jax.grad(total, has_aux=True)
+    def accumulate(state: TrainState, batch: Batch, base: Params) -> tuple[Params, Mean, dict[str, Mean]]:
+        def gradient(params: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[Params, Any]:
+            return jax.grad(total, has_aux=True)(params, base, batch, hyper, key)
 
-    def accumulate(state: TrainState, batch: Batch) -> tuple[Params, Mean, dict[str, Mean]]:
         key = state.step_key()
         if num_microbatches == 1:
             grads, (loss, metrics) = gradient(state.params, batch, state.hyper, key)
@@ -45,8 +50,8 @@ def make_train_step(
         (grads, loss, metrics), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(num_microbatches)))
         return grads, loss, metrics
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, loss, means = accumulate(state, batch)
+    def train_step(state: TrainState, batch: Batch, base: Params = _NO_BASE) -> tuple[TrainState, Metrics]:
+        grads, loss, means = accumulate(state, batch, base)
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1), grads)
         opt_state = with_learning_rate(state.opt_state, state.hyper)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)

@@ -127,7 +127,7 @@ def policy_samples(
         batch_size=batch_size,
     )
     prompts = [fitted(group.prompt_tokens, (), length=room)[0] for group in groups]
-    samples = sampler(context.policy_params(policy), prompts, context.key(f"{name}/normalize"))
+    samples = sampler(context.policy(policy), prompts, context.key(f"{name}/normalize"))
     return [sample.prompt + sample.tokens for sample in samples]
 
 
@@ -161,7 +161,7 @@ def _complete(pairs: SampledPairs, context: Context, name: str, prompts: Sequenc
         batch_size=pairs.batch_size,
     )
     repeated = [prompt for prompt in prompts for _ in range(pairs.completions)]
-    params, key = context.policy_params(pairs.policy), context.key(f"{name}/data")
+    params, key = context.policy(pairs.policy), context.key(f"{name}/data")
     samples: list[Sample] = []
     with Progress(f"{name}: sampling", len(repeated)) as progress:
         for part in sampler.batches(params, repeated, key):

@@ -5,6 +5,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,7 +18,7 @@ from rlhf_jax.checkpoint import load_params
 from rlhf_jax.data.reviews import MovieReviews, Reviews
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.tokenizers import Tokenizer
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.types import Key, Params
 
 BASE = "base"
@@ -91,17 +92,40 @@ class Context:
         """A stage's own generator for what is drawn on the host."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
+    @functools.cached_property
+    def base(self) -> Params:
+        """The frozen weights that all networks share, in shards; empty where the spec has no adapters."""
+        boxed = lora.base(self.spec, jax.eval_shape(partial(models.init, self.spec), jax.random.key(0)))
+        return jax.device_put(lora.base(self.spec, self.model.params), sharding.shardings(self.mesh, boxed))
+
+    @property
+    def head_base(self) -> Params:
+        """The frozen weights as a network with a head reads them."""
+        trunk = {name: value for name, value in self.base.items() if name != "unembedding"}
+        return {"trunk": trunk} if trunk else {}
+
     def policy_params(self, source: str) -> Params:
-        """The transformer of a finished stage, or the model's own (BASE), in shards."""
-        return self._params(source, lambda: models.init(self.spec, jax.random.key(0)))
+        """What trains of the transformer of a finished stage, or of the model itself (BASE), in shards."""
+        return self._params(source, lambda key: lora.own(self.spec, models.init(self.spec, key)))
 
     def head_params(self, source: str) -> Params:
-        """The trunk and head of a finished reward model, in shards."""
-        return self._params(source, lambda: models.init_with_head(self.spec, jax.random.key(0)))
+        """What trains of a finished reward model, trunk and head, in shards."""
+        return self._params(source, lambda key: models.init_with_head(self.spec, key))
 
-    def _params(self, source: str, init: Callable[[], Any]) -> Params:
-        boxed = jax.eval_shape(init)
+    def policy(self, source: str) -> Params:
+        """The whole transformer of a finished stage, or of the model itself (BASE), to read with."""
+        return lora.merge(self.base, self.policy_params(source))
+
+    def network(self, source: str) -> Params:
+        """A whole finished reward model, to read with."""
+        return lora.merge(self.head_base, self.head_params(source))
+
+    def _params(self, source: str, init: Callable[[Key], Any]) -> Params:
+        boxed = jax.eval_shape(init, jax.random.key(0))
         layout = sharding.shardings(self.mesh, boxed)
+        if source == BASE and self.spec.lora is not None:  # fresh adapters, which change nothing yet
+            fresh = jax.jit(lambda key: sharding.unbox(init(key)), out_shardings=layout)
+            return fresh(self.key("adapters"))
         if source == BASE:
             return jax.device_put(self.model.params, layout)
         target = jax.tree.map(

@@ -20,12 +20,12 @@ from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import onpolicy
 from rlhf_jax.algorithms.context import Context, Kind, check_positive, check_prompt_tokens, named
 from rlhf_jax.algorithms.loop import Loop, finish
+from rlhf_jax.algorithms.onpolicy import Frozen
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.evals.policy import compare, write_samples
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
-from rlhf_jax.metrics import read_jsonl
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
@@ -149,14 +149,6 @@ class State(flax.struct.PyTreeNode):
     kl: kl.KLState
 
 
-@flax.struct.dataclass
-class Frozen:
-    """All that does not: the reference policy and the reward model."""
-
-    reference: Params
-    reward: Params
-
-
 class Algorithm:
     """PPO's steps as functions of (state, frozen, prompts); the config fixes shapes and choices."""
 
@@ -173,7 +165,7 @@ class Algorithm:
         c = self.config
         rollout = generate(
             self.spec,
-            state.policy.params,
+            frozen.policy(state.policy.params),
             prompts.tokens,
             prompts.mask,
             jax.random.fold_in(state.policy.step_key(), 0),
@@ -184,7 +176,7 @@ class Algorithm:
         )
         rollout, metrics = self.score(rollout, state, frozen)
         rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
-        state, update_metrics = self.update(state, rollout)
+        state, update_metrics = self.update(state, frozen, rollout)
         controller = c.kl.update(state.kl, metrics["seq_kl"], c.batch_size)
         return state.replace(kl=controller), {**metrics, **reward_metrics, **update_metrics}, rollout
 
@@ -195,20 +187,22 @@ class Algorithm:
         says how far the sampler's own were from them.
         """
         c = self.config
+        policy, reference = frozen.policy(state.policy.params), frozen.policy(frozen.reference)
+        critic, reward = frozen.network(state.critic.params), frozen.network(frozen.reward)
 
         def part(rows: Rollout) -> tuple[Array, ...]:
             window = slice(c.prompt_length, None)
             tokens, mask = rows.tokens[:, window], rows.completion_mask[:, window]
-            logits = self.completion_logits(state.policy.params, rows)
-            ref_logits = self.completion_logits(frozen.reference, rows)
+            logits = self.completion_logits(policy, rows)
+            ref_logits = self.completion_logits(reference, rows)
             temperature = c.sampling.temperature
             return (
                 masking.keep(token_logps(logits, tokens, temperature=temperature), mask),
                 masking.keep(token_logps(ref_logits, tokens, temperature=temperature), mask),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                masking.keep(models.values(self.spec, state.critic.params, rows.tokens, rows.mask)[:, window], mask),
-                models.score(self.spec, frozen.reward, rows.tokens, rows.mask),
+                masking.keep(models.values(self.spec, critic, rows.tokens, rows.mask)[:, window], mask),
+                models.score(self.spec, reward, rows.tokens, rows.mask),
             )
 
         logps, ref_logps, entropies, exact, values, scores = in_parts(part, rollout, c.minibatches * c.num_microbatches)
@@ -246,7 +240,7 @@ class Algorithm:
             advantages = masking.whiten(advantages, mask)
         return rollout.replace(rewards=rewards, advantages=advantages, returns=returns), metrics
 
-    def update(self, state: State, rollout: Rollout) -> tuple[State, Metrics]:
+    def update(self, state: State, frozen: Frozen, rollout: Rollout) -> tuple[State, Metrics]:
         """`epochs` × `minibatches` steps of policy and critic."""
         c = self.config
         key = jax.random.fold_in(state.policy.step_key(), 1)
@@ -256,16 +250,17 @@ class Algorithm:
         def step(carry: tuple[State, Bool[Array, ""]], rows: Int[Array, " m"]) -> tuple[Any, tuple[Metrics, Metrics]]:
             state, stopped = carry
             batch = jax.tree.map(lambda x: x[rows], rollout)
-            policy, policy_metrics = self.policy_step(state.policy, batch)
+            policy, policy_metrics = self.policy_step(state.policy, batch, frozen.base)
             if c.stop_at_kl is not None:
                 stopped |= policy_metrics["approx_kl"] > c.stop_at_kl  # went too far already: this step is not taken
                 policy = keep_if(stopped, state.policy, policy)
-            critic, critic_metrics = self.critic_step(state.critic, batch)
+            critic, critic_metrics = self.critic_step(state.critic, batch, frozen.head_base)
             policy_metrics["stopped"] = stopped.astype(jnp.float32)
             return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
 
         first = jax.tree.map(lambda x: x[rows[0]], rollout)
-        deviation = ratio_deviation(self.logps(state.policy.params, first), first.logps[:, c.prompt_length :])
+        policy = frozen.policy(state.policy.params)
+        deviation = ratio_deviation(self.logps(policy, first), first.logps[:, c.prompt_length :])
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
         policy, critic = jax.tree.map(jnp.mean, (policy, critic))
         return state, {
@@ -333,8 +328,8 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
     mesh, tokenizer = context.mesh, context.tokenizer
     algorithm = Algorithm(config, context.spec, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    frozen = Frozen(reference=context.policy_params(config.policy), reward=context.head_params(config.reward))
-    state = initial_state(algorithm, context, name, frozen.reference, context.head_params(config.critic))
+    frozen = onpolicy.frozen(context, policy=config.policy, reward=config.reward)
+    state = initial_state(algorithm, context, name)
     prompts = onpolicy.prompts(context, name, tokens=config.prompt_tokens, batch_size=config.batch_size)
     iteration = compiled(algorithm.iteration, state, others=2)
     gold = GoldClassifier.fit(context.reviews.train)
@@ -353,12 +348,13 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
             metrics["learning_rate"] = config.optimizer.learning_rate * share(state.policy.step)
             loop.record(state, metrics, tokens=config.batch_size * config.completion_tokens)
     finish(context, name, state.policy.params)
+    reference = frozen.policy(frozen.reference)
     before, after = onpolicy.evaluate(
         context,
         name,
-        (frozen.reference, state.policy.params),
-        reference=frozen.reference,
-        reward=frozen.reward,
+        (reference, frozen.policy(state.policy.params)),
+        reference=reference,
+        reward=frozen.network(frozen.reward),
         gold=gold,
         prompt_tokens=config.prompt_tokens,
         completion_tokens=config.completion_tokens,
@@ -367,15 +363,14 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         batch_size=config.batch_size,
     )
     write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
-    lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
-    deviations = {key: max(line[key] for line in lines) for key in ("ratio_deviation", "sampling_deviation")}
+    deviations = onpolicy.largest(context, name, "ratio_deviation", "sampling_deviation")
     return {**compare(before, after), **deviations, "steps": config.steps}
 
 
-def initial_state(algorithm: Algorithm, context: Context, name: str, policy: Params, critic: Params) -> State:
+def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:
     """Policy and critic at the start of training, in shards."""
     c, spec, mesh, key = algorithm.config, context.spec, context.mesh, context.key(name)
-    policy_boxes = jax.eval_shape(partial(models.init, spec), jax.random.key(0))
+    policy_boxes = lora.own(spec, jax.eval_shape(partial(models.init, spec), jax.random.key(0)))
     critic_boxes = jax.eval_shape(partial(models.init_with_head, spec), jax.random.key(0))
     policy_hyper = {
         "learning_rate": c.optimizer.learning_rate,
@@ -385,10 +380,20 @@ def initial_state(algorithm: Algorithm, context: Context, name: str, policy: Par
     critic_hyper = {"learning_rate": c.critic_optimizer.learning_rate, "value_clip": c.value_clip or 0.0}
     return State(
         policy=sharded_state(
-            mesh, partial(box, boxes=policy_boxes), policy, algorithm.policy_optimizer, policy_hyper, key
+            mesh,
+            partial(box, boxes=policy_boxes),
+            context.policy_params(c.policy),
+            algorithm.policy_optimizer,
+            policy_hyper,
+            key,
         ),
         critic=sharded_state(
-            mesh, partial(box, boxes=critic_boxes), critic, algorithm.critic_optimizer, critic_hyper, key
+            mesh,
+            partial(box, boxes=critic_boxes),
+            context.head_params(c.critic),
+            algorithm.critic_optimizer,
+            critic_hyper,
+            key,
         ),
         kl=jax.device_put(c.kl.init(), sharding.replicated(mesh)),
     )

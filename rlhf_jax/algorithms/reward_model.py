@@ -21,7 +21,7 @@ from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.preference_batches import preference_batches
 from rlhf_jax.evals.reward import evaluate_groups, review_accuracy, write_evaluation
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.network import RewardNetwork
@@ -157,14 +157,15 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         state = loop.restore(state, batches)
         for step in loop:
             batch = next(batches)
-            state, metrics = step_fn(state, sharding.shard_batch(mesh, batch))
+            state, metrics = step_fn(state, sharding.shard_batch(mesh, batch), context.head_base)
             metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
             if step % config.evaluate_every == 0 or step == config.steps:
-                report = evaluate_groups(partial(network, state.params), data.heldout, length=config.length).pairs
+                score = partial(network, lora.merge(context.head_base, state.params))
+                report = evaluate_groups(score, data.heldout, length=config.length).pairs
                 metrics |= {"heldout_accuracy": report.accuracy, "heldout_log_loss": report.log_loss}
             loop.record(state, metrics, tokens=int(np.sum(batch.mask)))
 
-    score = partial(network, state.params)
+    score = partial(network, lora.merge(context.head_base, state.params))
     report = evaluate_groups(score, data.heldout, length=config.length)  # before normalising, which changes the odds
     external = review_accuracy(score, context.reviews.test, tokenizer, length=config.length)
     write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)

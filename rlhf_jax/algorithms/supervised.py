@@ -15,7 +15,7 @@ from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.logprobs import next_token_logps
 from rlhf_jax.masking import token_mean
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.models.heads import box
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
@@ -99,13 +99,13 @@ def fit(
     `heldout` gives batches too; as many as make up `heldout_rows` are taken.
     """
     spec, mesh, optimizer = context.spec, context.mesh, config.optimizer.make(config.steps)
-    boxes = jax.eval_shape(partial(models.init, spec), jax.random.key(0))
+    boxes = lora.own(spec, jax.eval_shape(partial(models.init, spec), jax.random.key(0)))
     hyper = {"learning_rate": config.optimizer.learning_rate}
     state = sharded_state(mesh, lambda params: box(params, boxes), start, optimizer, hyper, context.key(name))
     loss_fn = language_model_loss(spec)
     step_fn = compiled(make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches), state)
     some = itertools.islice(heldout, config.heldout_rows // config.batch_size)
-    heldout_loss = _heldout_loss(loss_fn, [sharding.shard_batch(mesh, batch) for batch in some])
+    heldout_loss = _heldout_loss(loss_fn, context.base, [sharding.shard_batch(mesh, batch) for batch in some])
     share = config.optimizer.share(config.steps)
 
     with (
@@ -115,7 +115,7 @@ def fit(
         state = loop.restore(state, batches)
         for step in loop:
             batch = next(batches)
-            state, metrics = step_fn(state, sharding.shard_batch(mesh, batch))
+            state, metrics = step_fn(state, sharding.shard_batch(mesh, batch), context.base)
             metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
             if step % config.evaluate_every == 0 or step == config.steps:
                 metrics["heldout_loss"] = heldout_loss(state.params)
@@ -125,15 +125,16 @@ def fit(
     return state.params, figures
 
 
-def _heldout_loss(loss_fn: LossFn, batches: list[PackedBatch]) -> Callable[[Params], Array]:
+def _heldout_loss(loss_fn: LossFn, base: Params, batches: list[PackedBatch]) -> Callable[[Params], Array]:
     @jax.jit
     def one(params: Params, batch: PackedBatch) -> Mean:
         return loss_fn(params, batch, {}, jax.random.key(0))[0]
 
     def mean(params: Params) -> Array:
-        total = one(params, batches[0])
+        whole = lora.merge(base, params)
+        total = one(whole, batches[0])
         for batch in batches[1:]:
-            total += one(params, batch)
+            total += one(whole, batch)
         return total.value
 
     return mean

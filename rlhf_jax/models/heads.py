@@ -9,15 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import last_index
-from rlhf_jax.models import transformer
+from rlhf_jax.models import lora, transformer
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.types import ArrayLike, Key, Params
 
 
 def init_with_head(spec: ModelSpec, key: Key, trunk: Params | None = None) -> Params:
-    """Boxed parameters with a fresh head, N(0, 1/√(d+1)) (Stiennon et al. 2020), on a given trunk or a random one."""
+    """Boxed parameters that train: a new head, N(0, 1/√(d+1)) (Stiennon et al. 2020), on a given trunk or a random one.
+
+    Where the spec has adapters, these alone are the trunk's part.
+    """
     trunk_key, head_key = jax.random.split(key)
-    boxed = transformer.init(spec, trunk_key)
+    boxed = lora.own(spec, transformer.init(spec, trunk_key))
     boxed.pop("unembedding", None)
     if trunk is not None:
         boxed = box({name: trunk[name] for name in boxed}, boxed)

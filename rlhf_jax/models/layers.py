@@ -174,12 +174,35 @@ def dense(module, name, *, x, shape, axes, init, bias, inputs=1):
     """The last `inputs` axes of x times a kernel, as one matrix product: batched ones take twice as long on CPU."""
     kernel = module.param(name, named(init, *axes), shape, jnp.float32).astype(x.dtype)
     width = math.prod(shape[:inputs])
-    out = x.reshape(-1, width) @ kernel.reshape(width, -1)
+    flat = x.reshape(-1, width)
+    out = flat @ kernel.reshape(width, -1)
+    if _has_adapter(module, name):
+        out += _adapter(module, name, flat, shape, axes, inputs)
     out = out.reshape(*x.shape[: x.ndim - inputs], *shape[inputs:])
     if not bias:
         return out
     zeros = named(nn.initializers.zeros, *axes[inputs:])
     return out + module.param(f"{name}_bias", zeros, shape[inputs:], jnp.float32).astype(x.dtype)
+
+
+def _has_adapter(module, name):
+    """Where the spec asks for one; where the parameters hold none, the model is the frozen one."""
+    lora = module.spec.lora
+    wanted = lora is not None and name in lora.targets
+    return wanted and (module.is_initializing() or module.has_variable("params", f"{name}_lora_a"))
+
+
+def _adapter(module, name, flat, shape, axes, inputs):
+    """(alpha / rank) x A B; A is uniform in ±1/√width as in PEFT, B is 0."""
+    lora, width = module.spec.lora, flat.shape[-1]
+    uniform = nn.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=tuple(range(inputs)), out_axis=inputs
+    )
+    a = module.param(f"{name}_lora_a", named(uniform, *axes[:inputs], None), (*shape[:inputs], lora.rank), jnp.float32)
+    b_init = named(nn.initializers.zeros, None, *axes[inputs:])
+    b = module.param(f"{name}_lora_b", b_init, (lora.rank, *shape[inputs:]), jnp.float32)
+    inner = flat @ a.astype(flat.dtype).reshape(width, lora.rank)
+    return (lora.alpha / lora.rank) * (inner @ b.astype(flat.dtype).reshape(lora.rank, -1))
 
 
 def attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):

@@ -45,6 +45,29 @@ class Experts:
             raise ValueError(f"experts.per_token={self.per_token} must lie between 1 and number={self.number}")
 
 
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+"""The matrices of a dense block that may have adapters."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside frozen kernels (Hu et al. 2021, eq. 3): x W + (alpha / rank) x A B; B starts at 0."""
+
+    rank: int = 8
+    """Inner width of an adapter."""
+    alpha: float = 16.0
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = PROJECTIONS
+    """The projections that have one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        unknown = [name for name in self.targets if name not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise ValueError(f"lora.targets must be some of {', '.join(PROJECTIONS)}, got {self.targets}")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Shape and numerics of a decoder-only transformer; as it stands, of the Llama kind.
@@ -114,6 +137,8 @@ class ModelSpec:
     """Caps attention scores at ±c by c·tanh(x/c)."""
     logits_softcap: float | None = None
     """Caps logits at ±c by c·tanh(x/c)."""
+    lora: Lora | None = None
+    """Adapters, which alone are trained, over frozen weights; none: all weights are trained."""
     dtype: DType = "float32"
     """Compute type of matrix products; norms, softmax, logits and losses stay in float32."""
     remat: Remat = "none"
@@ -133,6 +158,10 @@ class ModelSpec:
         if self.positions == "rotary" and self.rotated % 2:
             name = "head_dim" if self.rotary_dim is None else "rotary_dim"
             raise ValueError(f"model.spec.{name}={self.rotated} must be even: rotary positions turn pairs")
+        if self.lora is not None and self.experts is not None and {"gate", "up", "down"} & set(self.lora.targets):
+            raise ValueError("model.spec.lora.targets: experts have no adapters; leave out gate, up and down")
+        if self.lora is not None and not self.gated and "gate" in self.lora.targets:
+            raise ValueError("model.spec.lora.targets: this model's feed-forward block has no gate")
         if self.window is not None and self.window < 1:
             raise ValueError(f"model.spec.window must be at least 1 or None, got {self.window}")
         if self.local_layers is not None and (self.window is None or len(self.local_layers) != self.n_layers):

@@ -46,8 +46,8 @@ def setup(context, config):
     put_stages(context)
     tokenizer = context.tokenizer
     algorithm = ppo.Algorithm(config, context.spec, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    frozen = ppo.Frozen(context.policy_params("sft"), context.head_params("reward_model"))
-    state = ppo.initial_state(algorithm, context, "ppo", frozen.reference, context.head_params("reward_model"))
+    frozen = onpolicy.frozen(context, policy=config.policy, reward=config.reward)
+    state = ppo.initial_state(algorithm, context, "ppo")
     prompts = next(onpolicy.prompts(context, "ppo", tokens=config.prompt_tokens, batch_size=config.batch_size))
     return algorithm, state, frozen, sharding.shard_batch(context.mesh, prompts)
 
