@@ -139,11 +139,12 @@ def _is_complete(workdir: Path, experiment: Experiment) -> bool:
 
 def _train(experiment: Experiment, workdir: Path, began: float) -> None:
     with _session(workdir, began):
+        mesh = sharding.make_mesh(experiment.mesh)
         context = Context(
             workdir=workdir,
             seed=experiment.seed,
-            mesh=sharding.make_mesh(experiment.mesh),
-            model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed),
+            mesh=mesh,
+            model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed, mesh=mesh),
             data=experiment.data,
             wandb=experiment.wandb,
         )

@@ -43,7 +43,7 @@ class Tiny:
     def spec(self) -> ModelSpec:
         return SPEC
 
-    def load(self, *, data, workdir, seed) -> Pretrained:
+    def load(self, *, data, workdir, seed, mesh=None) -> Pretrained:
         model = resources.files("rlhf_jax") / "bundled" / TOKENIZER_FILE
         return Pretrained(SPEC, params(models.init, seed), SentencePiece(model.read_bytes()))
 

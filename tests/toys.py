@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax.algorithms.context import Context, Kind, named
 from rlhf_jax.checkpoint import load_params, save_params
@@ -28,7 +29,7 @@ class ToyModel:
     spec: ModelSpec = SPEC
     """Shape and numerics."""
 
-    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
         return Pretrained(self.spec, {}, None)
 
 

@@ -1,12 +1,12 @@
-"""Reading a Hugging Face folder: config.json to a ModelSpec, tensors straight into the devices' shards of parameters."""
+"""Reading a Hugging Face folder: config.json to a ModelSpec, tensors straight into the devices' shards."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +43,7 @@ def load_folder(folder: Path, *, dtype: DType = "float32", mesh: Mesh | None = N
     # Checked before anything is made of the spec's sizes, which are only a file's claim so far.
     sources = {path: _Stacked(folder, family, source, spec, stored) for path, source in _needed(family, spec, stored)}
     _check_nothing_is_left(folder, family, spec, stored, sources.values())
-    boxed = jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
+    boxed = _abstract(spec)
     layout = sharding.shardings(sharding.single_device_mesh() if mesh is None else mesh, boxed)
 
     def make(path: tuple, shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
@@ -55,9 +55,14 @@ def load_folder(folder: Path, *, dtype: DType = "float32", mesh: Mesh | None = N
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Path and shape of every parameter of a language model."""
-    boxed = jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
-    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed))
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(_abstract(spec)))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(spec: ModelSpec) -> Any:
+    """Shapes of parameters in boxes with the names of their axes."""
+    return jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
 
 
 def _stored_dtype(path: str, dtype: DType) -> np.dtype:
@@ -151,5 +156,6 @@ def _check_nothing_is_left(
     for name, tensor in stored.items():
         if name not in used and not ignored.fullmatch(name):
             raise UserError(
-                f"{tensor.path}: tensor {name[:200]!r} has no place in a {family.model_type} model as {CONFIG} describes it"
+                f"{tensor.path}: tensor {name[:200]!r} has no place in a {family.model_type} model "
+                f"as {CONFIG} describes it"
             )

@@ -11,6 +11,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
 from rlhf_jax.data.reviews import MovieReviews
@@ -40,8 +41,8 @@ class ModelConfig(Protocol):
         """Shape and numerics."""
         ...
 
-    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
-        """Parameters and tokenizer."""
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
+        """Parameters and tokenizer; large ones lie on the mesh as training wants them."""
         ...
 
 
@@ -58,10 +59,14 @@ class Bundled:
         spec = ModelSpec(**_bundled_card()["spec"])
         return replace(spec, unroll=self.unroll or spec.n_layers)
 
-    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
         """Parameters in float32 (stored in bfloat16) and the tokenizer that comes with them."""
         folder = importlib.resources.files("rlhf_jax") / "bundled"
         return Pretrained(self.spec, *_read_bundle(folder))
+
+    def tokenizer(self, workdir: Path) -> Tokenizer:
+        """The tokenizer alone."""
+        return SentencePiece((importlib.resources.files("rlhf_jax") / "bundled" / TOKENIZER_FILE).read_bytes())
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Scratch:
         """The architecture, as given."""
         return self.architecture
 
-    def load(self, *, data: MovieReviews, workdir: Path, seed: int) -> Pretrained:
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
         """Initialise from the seed; the tokenizer is trained once and kept in the workdir."""
         path = workdir / TOKENIZER_FILE
         if path.exists():
@@ -88,6 +93,10 @@ class Scratch:
             partial.write_bytes(tokenizer.model)
             partial.replace(path)
         return Pretrained(self.spec, sharding.unbox(models.init(self.spec, jax.random.key(seed))), tokenizer)
+
+    def tokenizer(self, workdir: Path) -> Tokenizer:
+        """The tokenizer of a run that has begun."""
+        return SentencePiece.from_file(workdir / TOKENIZER_FILE)
 
 
 def write_bundle(folder: Path, params: Params, tokenizer: SentencePiece, card: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         hint = f"; {pickled.name} is pickled, and a pickle runs code: save it as safetensors" if pickled else ""
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
     content = read_json(index)
-    weight_map = content["weight_map"] if "weight_map" in content else None
+    weight_map = content.get("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map: expected an object with a file for each tensor")
     shards = {name: _shard(folder, index, name, file) for name, file in weight_map.items()}
@@ -205,7 +205,9 @@ def _shard(folder: Path, index: Path, name: str, file: Any) -> Path:
     """A shard's path; its name comes from a file, so it may not lead out of the folder."""
     plain = isinstance(file, str) and file == Path(file).name and "\\" not in file and "\0" not in file
     if not plain or not file.endswith(".safetensors"):
-        raise UserError(f"{index}: tensor {name[:200]!r}: {str(file)[:200]!r} is no name of a safetensors file beside it")
+        raise UserError(
+            f"{index}: tensor {name[:200]!r}: {str(file)[:200]!r} is no name of a safetensors file beside it"
+        )
     path = folder / file
     if not path.is_file():
         raise UserError(f"{path}: the shard is missing, which holds tensor {name[:200]!r} by {INDEX}")
@@ -222,5 +224,3 @@ def _read(file: BinaryIO, tensor: Tensor, offset: int, count: int, dtype: np.dty
             raise UserError(f"{tensor.path}: tensor {tensor.name!r}: the file ends before it does")
         got += more
     return np.frombuffer(data, dtype)
-
-

@@ -34,7 +34,8 @@ def projection(case, name, shape, gradient):
     """Two numbers that any change of a gradient's direction changes: its length, and its part along a random one."""
     along = rng(case, name, "direction").standard_normal(shape)
     wide = np.asarray(gradient, np.float64)
-    return [float(np.sqrt((wide**2).sum())), float((wide * along).sum() / np.sqrt((along**2).sum()))]
+    parts = np.sqrt((wide**2).sum()), (wide * along).sum() / np.sqrt((along**2).sum())
+    return [round(float(part), 8) for part in parts]
 
 
 def read():

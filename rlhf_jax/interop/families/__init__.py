@@ -42,7 +42,7 @@ __all__ = ["FAMILIES", "Family", "Fields", "Layout", "Source", "Table", "layout"
 
 def family_of(config: dict[str, Any], path: Path) -> Family:
     """The family that a config.json names; UserError with those known where there is none."""
-    name = config["model_type"] if "model_type" in config else None
+    name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         shown = f"{name[:80]!r}" if isinstance(name, str) else "no name"
         raise UserError(f"{path}: model_type: {shown} is no known architecture; there are {', '.join(FAMILIES)}")
@@ -78,7 +78,9 @@ def written_as(spec: ModelSpec) -> Family:
         misses.append((len(different), family.model_type, different))
     _, nearest, different = min(misses)
     shown = ", ".join(f"{name}={vars(wanted)[name]!r}" for name in different)
-    raise UserError(f"no architecture of transformers has these fields of the model; the nearest, {nearest}, has not {shown}")
+    raise UserError(
+        f"no architecture of transformers has these fields of the model; the nearest, {nearest}, has not {shown}"
+    )
 
 
 def _canonical(spec: ModelSpec) -> ModelSpec:

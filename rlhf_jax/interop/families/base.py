@@ -1,6 +1,7 @@
 """What a family's mapping file is made of: its table of tensors and the two ways between config.json and ModelSpec.
 
-Letters in layouts: v vocabulary, d model, n query heads, k key/value heads, h head, f feed-forward, e experts, p positions.
+Letters in layouts: v vocabulary, d model, n query heads, k key/value heads, h head, f feed-forward, e experts, p
+positions.
 """
 
 import functools

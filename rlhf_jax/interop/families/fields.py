@@ -19,7 +19,10 @@ ACTIVATIONS = {
 }
 """transformers' names of what the transformer here computes."""
 
-_MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000}  # a tuple with an entry a layer is made before weights are seen
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "n_layer": 10_000,
+}  # a tuple with an entry a layer is made before weights are seen
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Fields:
         return UserError(f"{self.path}: {name}: {why}, got {got}")
 
     def _get(self, name: str, default: Any) -> Any:
-        value = self.values[name] if name in self.values else None
+        value = self.values.get(name)
         return default if value is None else value
 
 
@@ -107,12 +110,14 @@ def read_rope(fields: Fields, *, theta: float = 10_000.0, share: float = 1.0, la
         new = new.inside(layers)
     for name, value in new.values.items():
         if isinstance(value, dict):
-            raise UserError(f"{fields.path}: rope_parameters.{name}: an own rope by kind of layer is not supported here")
+            raise UserError(
+                f"{fields.path}: rope_parameters.{name}: an own rope by kind of layer is not supported here"
+            )
     both = Fields({**new.values, **old.values}, fields.path)
     theta = both.number("rope_theta", fields.number("rope_theta", theta))
     share = both.number("partial_rotary_factor", fields.number("partial_rotary_factor", share))
-    kind = both.values["type"] if "type" in both.values else "default"
-    kind = both.values["rope_type"] if "rope_type" in both.values else kind
+    kind = both.values.get("type", "default")
+    kind = both.values.get("rope_type", kind)
     if kind in (None, "default"):
         scaling = None
     elif kind == "linear":
@@ -128,7 +133,9 @@ def read_rope(fields: Fields, *, theta: float = 10_000.0, share: float = 1.0, la
             raise both.wrong("low_freq_factor", "must be below high_freq_factor")
     else:
         where = "rope_scaling.rope_type" if old.values else "rope_parameters.rope_type"
-        raise UserError(f"{fields.path}: {where}: {str(kind)[:80]!r} is not supported; there are default, linear, llama3")
+        raise UserError(
+            f"{fields.path}: {where}: {str(kind)[:80]!r} is not supported; there are default, linear, llama3"
+        )
     return RopeFields(theta, scaling, share)
 
 
@@ -160,7 +167,7 @@ def rope_config(spec: ModelSpec) -> dict[str, Any]:
 
 def read_layer_types(fields: Fields, layers: int, default: Callable[[int], bool]) -> tuple[bool, ...]:
     """Which layers see a window only: `layer_types`, or by a layer's index."""
-    kinds = fields.values["layer_types"] if "layer_types" in fields.values else None
+    kinds = fields.values.get("layer_types")
     if kinds is None:
         return tuple(default(layer) for layer in range(layers))
     known = {"full_attention": False, "sliding_attention": True}

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): gated GELU, scaled embeddings, norms stored minus one; then sandwich norms, caps, windows."""
+"""Gemma 1, 2 and 3 (text): gated GELU, scaled embeddings, norms stored minus one; later sandwich norms, windows."""
 
 from typing import Any
 
@@ -69,11 +69,15 @@ def _read_gemma(fields: Fields) -> ModelSpec:
 
 def _write_gemma(spec: ModelSpec) -> dict[str, Any]:
     written = written_activation(spec)
-    return shape_config(spec) | rope_config(spec) | {
-        "hidden_act": written,
-        "hidden_activation": written,
-        "attention_bias": spec.qkv_bias,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | {
+            "hidden_act": written,
+            "hidden_activation": written,
+            "attention_bias": spec.qkv_bias,
+        }
+    )
 
 
 def _read_gemma2(fields: Fields) -> ModelSpec:
@@ -93,14 +97,19 @@ def _read_gemma2(fields: Fields) -> ModelSpec:
 
 def _write_gemma2(spec: ModelSpec) -> dict[str, Any]:
     check_heads(spec)
-    return shape_config(spec) | rope_config(spec) | _query_config(spec) | {
-        "hidden_activation": written_activation(spec),
-        "attention_bias": spec.qkv_bias,
-        "sliding_window": spec.window or 4096,  # with no layer of that type it is without effect
-        "layer_types": layer_types(spec),
-        "attn_logit_softcapping": spec.attention_softcap,
-        "final_logit_softcapping": spec.logits_softcap,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | _query_config(spec)
+        | {
+            "hidden_activation": written_activation(spec),
+            "attention_bias": spec.qkv_bias,
+            "sliding_window": spec.window or 4096,  # with no layer of that type it is without effect
+            "layer_types": layer_types(spec),
+            "attn_logit_softcapping": spec.attention_softcap,
+            "final_logit_softcapping": spec.logits_softcap,
+        }
+    )
 
 
 def _read_gemma3(fields: Fields) -> ModelSpec:
@@ -138,15 +147,20 @@ def _local_rope(fields: Fields) -> float:
 
 def _write_gemma3(spec: ModelSpec) -> dict[str, Any]:
     check_heads(spec)
-    return shape_config(spec) | rope_config(spec) | _query_config(spec) | {
-        "hidden_activation": written_activation(spec),
-        "attention_bias": spec.qkv_bias,
-        "rope_local_base_freq": spec.rope_theta if spec.local_rope_theta is None else spec.local_rope_theta,
-        "sliding_window": spec.window or 4096,  # with no layer of that type it is without effect
-        "layer_types": layer_types(spec),
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": spec.logits_softcap,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | _query_config(spec)
+        | {
+            "hidden_activation": written_activation(spec),
+            "attention_bias": spec.qkv_bias,
+            "rope_local_base_freq": spec.rope_theta if spec.local_rope_theta is None else spec.local_rope_theta,
+            "sliding_window": spec.window or 4096,  # with no layer of that type it is without effect
+            "layer_types": layer_types(spec),
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": spec.logits_softcap,
+        }
+    )
 
 
 def _read_gemma3_text_part(fields: Fields) -> ModelSpec:

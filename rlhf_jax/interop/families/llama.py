@@ -87,7 +87,7 @@ def check_heads(spec: ModelSpec) -> None:
 
 
 def written_activation(spec: ModelSpec) -> str:
-    """transformers' first name of the activation, of those that mean the same the one that PyTorch calls so."""
+    """Transformers' first name of the activation, of those that mean the same the one that PyTorch calls so."""
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(spec.activation, spec.activation)
 
 
@@ -107,12 +107,15 @@ def read_spec(fields: Fields) -> ModelSpec:
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec's config.json."""
     check_heads(spec)
-    return shape_config(spec) | rope_config(spec) | {
-        "hidden_act": written_activation(spec),
-        "attention_bias": spec.qkv_bias,
-        "mlp_bias": spec.mlp_bias,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | {
+            "hidden_act": written_activation(spec),
+            "attention_bias": spec.qkv_bias,
+            "mlp_bias": spec.mlp_bias,
+        }
+    )
 
 
 LLAMA = Family("llama", "Llama", read_spec, write_config, TABLE, PREFIXES)
-

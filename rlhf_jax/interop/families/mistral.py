@@ -20,10 +20,14 @@ def read_spec(fields: Fields) -> ModelSpec:
 
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec's config.json."""
-    return shape_config(spec) | rope_config(spec) | {
-        "hidden_act": written_activation(spec),
-        "sliding_window": spec.window,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | {
+            "hidden_act": written_activation(spec),
+            "sliding_window": spec.window,
+        }
+    )
 
 
 MISTRAL = Family("mistral", "Mistral", read_spec, write_config, TABLE, PREFIXES)

@@ -34,12 +34,16 @@ def read_spec(fields: Fields) -> ModelSpec:
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec's config.json."""
     experts = spec.experts or Experts(1, 1)
-    return shape_config(spec) | rope_config(spec) | {
-        "hidden_act": written_activation(spec),
-        "sliding_window": spec.window,
-        "num_local_experts": experts.number,
-        "num_experts_per_tok": experts.per_token,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | {
+            "hidden_act": written_activation(spec),
+            "sliding_window": spec.window,
+            "num_local_experts": experts.number,
+            "num_experts_per_tok": experts.per_token,
+        }
+    )
 
 
 MIXTRAL = Family("mixtral", "Mixtral", read_spec, write_config, TABLE, PREFIXES)

@@ -19,7 +19,7 @@ from rlhf_jax.models.spec import ModelSpec
 def qwen_window_kwargs(fields: Fields) -> dict[str, Any]:
     """`use_sliding_window` turns the window on, from layer `max_window_layers` on unless `layer_types` says."""
     window = read_window(fields, 4096) if fields.flag("use_sliding_window", False) else None
-    first = fields.values["max_window_layers"] if "max_window_layers" in fields.values else 28
+    first = fields.values.get("max_window_layers", 28)
     first = first if first == 0 else fields.whole("max_window_layers", 28)
     layers = fields.whole("num_hidden_layers")
     return window_kwargs(read_layer_types(fields, layers, lambda layer: layer >= first), window)

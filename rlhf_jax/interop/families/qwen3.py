@@ -25,10 +25,15 @@ def read_spec(fields: Fields) -> ModelSpec:
 
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec's config.json."""
-    return shape_config(spec) | rope_config(spec) | qwen_window_config(spec) | {
-        "hidden_act": written_activation(spec),
-        "attention_bias": spec.qkv_bias,
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | qwen_window_config(spec)
+        | {
+            "hidden_act": written_activation(spec),
+            "attention_bias": spec.qkv_bias,
+        }
+    )
 
 
 QWEN3 = Family("qwen3", "Qwen3", read_spec, write_config, TABLE, PREFIXES)

@@ -43,18 +43,22 @@ def read_spec(fields: Fields) -> ModelSpec:
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec's config.json."""
     experts = spec.experts or Experts(1, 1)
-    return shape_config(spec) | rope_config(spec) | {
-        "moe_intermediate_size": spec.d_ff,
-        "hidden_act": written_activation(spec),
-        "attention_bias": spec.qkv_bias,
-        "use_sliding_window": spec.window is not None,
-        "sliding_window": spec.window,
-        "num_experts": experts.number,
-        "num_experts_per_tok": experts.per_token,
-        "norm_topk_prob": experts.normalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
+    return (
+        shape_config(spec)
+        | rope_config(spec)
+        | {
+            "moe_intermediate_size": spec.d_ff,
+            "hidden_act": written_activation(spec),
+            "attention_bias": spec.qkv_bias,
+            "use_sliding_window": spec.window is not None,
+            "sliding_window": spec.window,
+            "num_experts": experts.number,
+            "num_experts_per_tok": experts.per_token,
+            "norm_topk_prob": experts.normalize,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    )
 
 
 QWEN3_MOE = Family("qwen3_moe", "Qwen3Moe", read_spec, write_config, TABLE, PREFIXES)

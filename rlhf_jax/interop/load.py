@@ -1,0 +1,142 @@
+"""`load_pretrained`: a model from whatever holds one; and the way to say so in a config."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop import workdir as runs
+from rlhf_jax.interop.hf_folder import CONFIG, folder_spec, load_folder
+from rlhf_jax.interop.pretrained import Bundled, Pretrained, Scratch
+from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.models.spec import DType, Lora, ModelSpec, Remat
+
+DTYPES = ("float32", "bfloat16")
+
+# What a model and its tokenizer are made of; nothing pickled, no code.
+_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_pretrained(
+    path: Path | str, *, dtype: DType = "float32", mesh: Mesh | None = None, lora: Lora | None = None
+) -> Pretrained:
+    """A model to start from: description, parameters on their devices, and its tokenizer where there is one.
+
+    `path` is a Hugging Face folder (config.json and safetensors), a .gguf file, the workdir of a run of ours (its last
+    policy) or a stage's folder in it, or a name on the Hugging Face hub where `huggingface_hub` is installed.
+    `dtype` is that of the parameters; those of norms are float32. They lie as training wants them on the mesh, or on
+    the first device.
+
+    Raises UserError that names the file and the field or tensor for whatever is wrong with it.
+    """
+    if lora is not None:
+        raise UserError("load_pretrained: lora is not supported yet; it must be None")
+    if dtype not in DTYPES:
+        raise UserError(f"load_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    path = Path(path)
+    if path.is_file():
+        _check_gguf(path)
+        from rlhf_jax.interop.gguf_io import load_gguf  # it needs a package of the extra "gguf"
+
+        return load_gguf(path, dtype=dtype, mesh=mesh)
+    folder = _folder(path, configs_only=False)
+    stage = runs.find_stage(folder)
+    if stage is not None:
+        return runs.load_stage(*stage, CLASSES, dtype=dtype, mesh=mesh)
+    spec, params = load_folder(folder, dtype=dtype, mesh=mesh)
+    return Pretrained(spec, params, _tokenizer(folder))
+
+
+@dataclass(frozen=True)
+class FromPretrained:
+    """A pretrained model by its path or name, see `load_pretrained`."""
+
+    path: str
+    """A Hugging Face folder, a .gguf file, a run's workdir or stage, or a name on the hub."""
+    dtype: DType = "float32"
+    """Type of the parameters that are trained; those of norms are float32."""
+    compute: DType = "float32"
+    """Type of matrix products; norms, softmax, logits and losses stay in float32."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or all but the matrix products."""
+    unroll: int = 1
+    """How many blocks the loop over layers unrolls."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape from the model's own description, no weights; numerics from the fields here."""
+        return replace(self._described(), dtype=self.compute, remat=self.remat, unroll=self.unroll)
+
+    def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
+        """Parameters and tokenizer as the files have them."""
+        loaded = load_pretrained(self.path, dtype=self.dtype, mesh=mesh)
+        return replace(loaded, spec=self.spec)
+
+    def tokenizer(self, workdir: Path) -> Tokenizer | None:
+        """The tokenizer alone; None where the files hold none."""
+        path = Path(self.path)
+        if path.is_file():
+            return load_pretrained(path).tokenizer
+        folder = _folder(path, configs_only=False)
+        stage = runs.find_stage(folder)
+        return _tokenizer(folder) if stage is None else runs.stage_model(stage[0], CLASSES).tokenizer(stage[0])
+
+    def _described(self) -> ModelSpec:
+        path = Path(self.path)
+        if path.is_file():
+            _check_gguf(path)
+            from rlhf_jax.interop.gguf_io import gguf_spec
+
+            return gguf_spec(path)
+        folder = _folder(path, configs_only=True)
+        stage = runs.find_stage(folder)
+        if stage is None:
+            return folder_spec(folder)
+        return replace(runs.stage_model(stage[0], CLASSES).spec, lora=None)
+
+
+CLASSES = {cls.__name__: cls for cls in (Bundled, Scratch, FromPretrained)}
+"""What a run's config.json may name as its model."""
+
+
+def _folder(path: Path, *, configs_only: bool) -> Path:
+    """The folder itself, or that of a name on the hub, fetched or from the cache."""
+    if path.is_dir():
+        if not (path / CONFIG).is_file() and not (path / "params").is_dir():
+            raise UserError(f"{path}: no {CONFIG} in this folder, so no model that can be read")
+        return path
+    name = path.as_posix()
+    if path.is_absolute() or not _HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
+        raise UserError(f"{path}: no such file or folder")
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    except ImportError:
+        raise UserError(
+            f'{path}: no such folder; to look it up on the hub, install huggingface_hub (the extra "hf")'
+        ) from None
+    patterns = ["*.json"] if configs_only else _FILES
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: no such folder, and not to be had from the hub: {reason}") from None
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path}: no GGUF file; a Hugging Face model is named by its folder")
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    from rlhf_jax.interop import tokenizers
+
+    return tokenizers.load_tokenizer(folder)
