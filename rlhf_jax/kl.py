@@ -4,16 +4,18 @@ The estimators are those of Schulman 2020, "Approximating KL divergence", for KL
 nats a token. In the reward only `k1` yields the gradient of the KL. As a loss, k1's expected gradient is 0, k2's is
 that of KL(π‖π_ref), and k3's is that of the forward KL(π_ref‖π).
 
-Shapes: *b any leading axes (tokens among them), v vocabulary.
+Shapes: *b any leading axes (tokens among them), d and e widths of hidden states, v vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhf_jax import vocabulary
 from rlhf_jax.numerics import LOG_RATIO_LIMIT, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
@@ -66,6 +68,31 @@ def exact(logits: Float[ArrayLike, "*b v"], ref_logits: Float[ArrayLike, "*b v"]
     log_q = jax.nn.log_softmax(as_float(ref_logits), axis=-1)
     p = jnp.exp(log_p)
     return jnp.maximum(jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1), 0)  # as in k3
+
+
+@typed
+def exact_from_hidden(
+    hidden: Float[ArrayLike, "*b d"],
+    unembedding: Float[ArrayLike, "d v"],
+    ref_hidden: Float[ArrayLike, "*b e"],
+    ref_unembedding: Float[ArrayLike, "e v"],
+    *,
+    chunk: int = vocabulary.CHUNK,
+    temperature: Scalar = 1.0,
+    softcap: Scalar | None = None,
+) -> Float[Array, "*b"]:
+    """`exact` of the logits that two models' hidden states give, neither of which are held; never negative.
+
+    Temperature and softcap apply to both. There are gradients by both sides; arguments and what raises are those of
+    `logprobs.from_hidden`.
+
+    >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
+    >>> exact_from_hidden(jnp.ones((1, 1)), p, jnp.ones((1, 1)), q, chunk=1)
+    Array([0.1438], dtype=float32)
+    """
+    of_both = partial(vocabulary.head, chunk=chunk, temperature=temperature, softcap=softcap)
+    heads = of_both(hidden, unembedding), of_both(ref_hidden, ref_unembedding)
+    return vocabulary.fold(vocabulary.ExactKL, chunk, heads)
 
 
 @flax.struct.dataclass

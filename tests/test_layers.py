@@ -16,7 +16,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 
 LAYERS = (
     ("types", "errors", "cache", "numerics", "masking"),
-    ("logprobs", "kl", "advantages", "losses"),
+    ("vocabulary", "logprobs", "kl", "advantages", "losses"),
     ("models", "interop", "sharding", "sampling", "rewards", "data"),
     ("optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),

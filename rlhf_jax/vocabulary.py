@@ -1,0 +1,269 @@
+"""Sums over the vocabulary from hidden states, a slice of it at a time, so that no `[*b, v]` array ever exists.
+
+The logits z = softcap · tanh(hidden · unembedding / softcap) / temperature of one slice after another are folded into a
+few numbers a position: their maximum, Σ exp(z − max), and what the quantity needs besides (Milakov and Gimelshein 2018,
+"Online normalizer calculation for softmax"). The backward pass makes each slice again, turns it into its gradient, and
+multiplies that back: four matrix products where the plain path has three, and slices small enough to stay near the
+processor where it writes and reads the logits several times over.
+
+The vocabulary is cut, not the tokens: then the gradient of a slice of the unembedding is complete when it is written,
+only the `[*b, d]` gradient of the hidden states accumulates (in float32), and a batch that is sharded over devices
+stays where it is.
+
+Layer 2 uses it as `logprobs.from_hidden`, `logprobs.entropy_from_hidden` and `kl.exact_from_hidden`.
+
+Shapes: *b any leading axes, d the width of a hidden state, v vocabulary, c one slice of it. Units: nats.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rlhf_jax.numerics import as_float, require
+from rlhf_jax.types import ArrayLike, Scalar
+
+CHUNK = 4096
+"""Vocabulary entries a slice. The memory in use is about that of 1.3 `[*b, c]` arrays in float32."""
+
+
+@flax.struct.dataclass
+class Head:
+    """What makes logits: z = softcap · tanh(hidden · unembedding / softcap) / temperature."""
+
+    hidden: Array  # [*b, d]
+    unembedding: Array  # [d, v]
+    temperature: Array  # []
+    softcap: Array | None  # []
+
+
+class Quantity(Protocol):
+    """One number a position, as a fold over slices of the logits of one head or of several.
+
+    `offset` is the vocabulary entry at which a slice starts; `logits` are those of each head, [*b, c].
+    """
+
+    @staticmethod
+    def start(zeros: Array) -> Any:
+        """The state before the first slice, from zeros of the result's shape."""
+        ...
+
+    @staticmethod
+    def update(state: Any, offset: Array, tokens: Array | None, *logits: Array) -> Any:
+        """The state with a slice added."""
+        ...
+
+    @staticmethod
+    def finish(state: Any) -> tuple[Array, Any]:
+        """(the number [*b], what its gradient needs)."""
+        ...
+
+    @staticmethod
+    def gradient(saved: Any, offset: Array, tokens: Array | None, *logits: Array) -> tuple[Array, ...]:
+        """The derivative of the number by each logit of the slice, one array a head."""
+        ...
+
+
+def head(
+    hidden: ArrayLike, unembedding: ArrayLike, *, chunk: int, temperature: Scalar, softcap: Scalar | None
+) -> Head:
+    """The head, checked: ValueError if chunk < 1, temperature ≤ 0 or softcap ≤ 0."""
+    require("chunk", chunk, "[1, inf)")
+    require("temperature", temperature, "(0, inf)")
+    require("softcap", softcap, "(0, inf)")
+    hidden = jnp.asarray(hidden)
+    wide = partial(jnp.asarray, dtype=_wide(hidden))
+    return Head(hidden, jnp.asarray(unembedding), wide(temperature), None if softcap is None else wide(softcap))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def fold(quantity: type[Quantity], chunk: int, heads: tuple[Head, ...], tokens: Array | None = None) -> Array:
+    """The quantity at every position, `[*b]`, with a gradient by everything in `heads`. Reverse mode only."""
+    return _fold_forward(quantity, chunk, heads, tokens)[0]
+
+
+def _fold_forward(quantity, chunk, heads, tokens):
+    def step(state, offset, size):
+        return quantity.update(state, offset, tokens, *(_logits(h, offset, size)[1] for h in heads))
+
+    state = _over_slices(step, quantity.start(as_float(jnp.zeros_like(heads[0].hidden[..., 0]))), chunk, heads[0])
+    out, saved = quantity.finish(state)
+    return out, (saved, heads, tokens)
+
+
+def _fold_backward(quantity, chunk, residuals, cotangent):
+    saved, heads, tokens = residuals
+
+    def step(gradients, offset, size):
+        columns, logits, pulls = zip(*(_logits(h, offset, size) for h in heads), strict=True)
+        d_logits = quantity.gradient(saved, offset, tokens, *logits)
+        return tuple(
+            _add(gradient, h, table, pull(cotangent[..., None] * by_z), offset)
+            for gradient, h, table, pull, by_z in zip(gradients, heads, columns, pulls, d_logits, strict=True)
+        )
+
+    zeros = tuple(jax.tree.map(jnp.zeros_like, h.replace(hidden=as_float(h.hidden))) for h in heads)
+    gradients = _over_slices(step, zeros, chunk, heads[0])
+    return tuple(g.replace(hidden=g.hidden.astype(h.hidden.dtype)) for g, h in zip(gradients, heads, strict=True)), None
+
+
+fold.defvjp(_fold_forward, _fold_backward)
+
+
+def _over_slices(step, carry, chunk, head):
+    """The carry after step(carry, offset, size) over all slices; the last is smaller where chunk does not divide v."""
+    vocabulary = head.unembedding.shape[1]
+    chunk = min(chunk, vocabulary)
+    whole, rest = divmod(vocabulary, chunk)
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(carry, i * chunk, chunk), carry)
+    return step(carry, whole * chunk, rest) if rest else carry
+
+
+def _logits(head, offset, size):
+    """(columns [d, c] of the unembedding, their logits [*b, c], what pulls a gradient back through cap and division).
+
+    As `unembed` has it: the product takes the unembedding in the dtype of the hidden states and adds up in float32.
+    """
+    columns = jax.lax.dynamic_slice_in_dim(head.unembedding, offset, size, axis=1).astype(head.hidden.dtype)
+    raw = jnp.matmul(head.hidden, columns, preferred_element_type=_wide(head.hidden))
+    return columns, *jax.vjp(_cap_and_divide, raw, head.temperature, head.softcap)
+
+
+def _cap_and_divide(raw, temperature, softcap):
+    capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+    return capped / temperature
+
+
+def _add(gradient, head, columns, by_raw_and_scalars, offset):
+    """The head's gradient with one slice's added to it, or, in the columns of the unembedding, written to it."""
+    by_raw, by_temperature, by_softcap = by_raw_and_scalars
+    by_raw = by_raw.astype(head.hidden.dtype)
+    product = partial(jnp.tensordot, preferred_element_type=_wide(head.hidden))
+    by_columns = product(head.hidden, by_raw, (tuple(range(by_raw.ndim - 1)),) * 2)
+    return gradient.replace(
+        hidden=gradient.hidden + product(by_raw, columns, (-1, 1)),
+        unembedding=jax.lax.dynamic_update_slice_in_dim(
+            gradient.unembedding, by_columns.astype(gradient.unembedding.dtype), offset, axis=1
+        ),
+        temperature=gradient.temperature + by_temperature,
+        softcap=None if by_softcap is None else gradient.softcap + by_softcap,
+    )
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+@flax.struct.dataclass
+class Total:
+    """The running normaliser Σ exp(z − peak) of one head's logits, at least 1 once a slice has been read."""
+
+    peak: Array
+    total: Array
+
+    @classmethod
+    def start(cls, zeros: Array) -> "Total":
+        """Of nothing. The peak is finite, so that 0 times its distance from the first one is 0."""
+        return cls(zeros + jnp.finfo(zeros.dtype).min, zeros)
+
+    def update(self, logits: Array) -> tuple["Total", Array, Array]:
+        """(with a slice added, log of what earlier sums of exp(z − peak) shrink by, z − new peak)."""
+        peak = jnp.maximum(self.peak, logits.max(-1))
+        shrink = self.peak - peak
+        below = logits - peak[..., None]
+        return Total(peak, self.total * jnp.exp(shrink) + jnp.exp(below).sum(-1)), shrink, below
+
+    def log_probs(self, logits: Array) -> Array:
+        """Log-probabilities of a slice, once all have been read; exact for logits far from 0, too."""
+        return (logits - self.peak[..., None]) - jnp.log(self.total)[..., None]
+
+
+class TokenLogp:
+    """log softmax(z)[token]; NaN for a token outside [0, v), whose own logit then adds nothing to the gradient."""
+
+    @staticmethod
+    def start(zeros):
+        return Total.start(zeros), jnp.full_like(zeros, jnp.nan)
+
+    @staticmethod
+    def update(state, offset, tokens, logits):
+        total, chosen = state
+        column = tokens - offset
+        size = logits.shape[-1]
+        found = jnp.take_along_axis(logits, jnp.clip(column, 0, size - 1)[..., None], axis=-1)[..., 0]
+        return total.update(logits)[0], jnp.where((column >= 0) & (column < size), found, chosen)
+
+    @staticmethod
+    def finish(state):
+        total, chosen = state
+        return (chosen - total.peak) - jnp.log(total.total), total
+
+    @staticmethod
+    def gradient(total, offset, tokens, logits):
+        is_token = (tokens - offset)[..., None] == jnp.arange(logits.shape[-1])
+        return (jnp.where(is_token, 1, 0) - jnp.exp(total.log_probs(logits)),)
+
+
+class Entropy:
+    """H = log Σ w − Σ w (z − peak) / Σ w with w = exp(z − peak): two terms ≥ 0, so no rounding can make it negative."""
+
+    @staticmethod
+    def start(zeros):
+        return Total.start(zeros), zeros
+
+    @staticmethod
+    def update(state, offset, tokens, logits):
+        del offset, tokens
+        old, spread = state
+        total, shrink, below = old.update(logits)
+        spread = jnp.exp(shrink) * (spread + shrink * old.total)
+        return total, spread + jnp.sum(jnp.exp(below) * below, axis=-1)
+
+    @staticmethod
+    def finish(state):
+        total, spread = state
+        entropy = jnp.log(total.total) - spread / total.total
+        return entropy, (total, entropy)
+
+    @staticmethod
+    def gradient(saved, offset, tokens, logits):
+        """−p (log p + H)."""
+        del offset, tokens
+        total, entropy = saved
+        log_p = total.log_probs(logits)
+        return (-jnp.exp(log_p) * (log_p + entropy[..., None]),)
+
+
+class ExactKL:
+    """Σ p (log p − log q), with the logits x and y of the two heads: E_p[x − y] − log Σ exp x + log Σ exp y."""
+
+    @staticmethod
+    def start(zeros):
+        return Total.start(zeros), Total.start(zeros), zeros
+
+    @staticmethod
+    def update(state, offset, tokens, logits, ref_logits):
+        del offset, tokens
+        total, ref_total, gap = state
+        total, shrink, below = total.update(logits)
+        gap = gap * jnp.exp(shrink) + jnp.sum(jnp.exp(below) * (logits - ref_logits), axis=-1)
+        return total, ref_total.update(ref_logits)[0], gap
+
+    @staticmethod
+    def finish(state):
+        total, ref_total, gap = state
+        log_ratio = jnp.log(total.total) - jnp.log(ref_total.total)
+        kl = (gap / total.total - (total.peak - ref_total.peak)) - log_ratio
+        return jnp.maximum(kl, 0), (total, ref_total, kl)  # the maximum undoes rounding near 0
+
+    @staticmethod
+    def gradient(saved, offset, tokens, logits, ref_logits):
+        """(p (log p − log q − KL), q − p)."""
+        del offset, tokens
+        total, ref_total, kl = saved
+        log_p, log_q = total.log_probs(logits), ref_total.log_probs(ref_logits)
+        p = jnp.exp(log_p)
+        return p * (log_p - log_q - kl[..., None]), jnp.exp(log_q) - p
