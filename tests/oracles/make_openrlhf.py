@@ -91,9 +91,16 @@ def record_losses(record):
             params = {"clip_eps": clip_eps, "token_level": token_level}
             record.case(f"value_loss_{clip_eps}_{token_level}", "rollout", value_loss, "values", params)
     scores = "chosen_scores rejected_scores"
+    record.case("PairWiseLoss_of_k", "ranked", all_pairs, "scores")
     for name, margins in (("PairWiseLoss", False), ("PairWiseLoss", True), ("LogExpLoss", False)):
         wrt = f"{scores} margin" if margins else scores
         record.case(f"{name}_{margins}", "scored_pairs", reward_loss, wrt, {"name": name, "margins": margins})
+
+
+def all_pairs(x):
+    """PairWiseLoss of all pairs of a prompt's completions, best first, as one batch a prompt: a mean over the pairs."""
+    better, worse = torch.triu_indices(*([x.scores.shape[1]] * 2), offset=1)
+    return by_row(x, lambda row: losses.PairWiseLoss()(row.scores[0, better], row.scores[0, worse]))
 
 
 def reward_loss(x, *, name, margins):

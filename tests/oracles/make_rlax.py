@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import rlax
 
-from tests.oracles.inputs import SETS
+from tests.oracles.inputs import SETS, weights
 
 jax.config.update("jax_enable_x64", True)
 GAMMA, LAM = 0.97, 0.9
@@ -89,6 +89,12 @@ CASES = {
         "logits ref_logits",
         {},
     ),
+    "best_of_k": (
+        "ranked",
+        lambda x: jax.vmap(rlax.categorical_cross_entropy)(jax.nn.one_hot(x["best"], 5), x["scores"]),
+        "scores",
+        {},
+    ),
     "l2_loss": ("ratings", lambda x: rlax.l2_loss(x["scores"], x["ratings"]), "scores ratings", {}),
     "sigmoid_log_loss": (
         "ratings",
@@ -106,12 +112,12 @@ CASES = {
 
 
 def run(inputs, fn, wrt, params):
-    """The value of one case, and the gradients of its sum."""
+    """The value of one case, and the gradients of its weighted sum."""
     arrays = {name: x if x.dtype == bool else jnp.asarray(x) for name, x in SETS[inputs]().items()}
 
     def total(leaves):
         value = fn({**arrays, **leaves})
-        return value.sum(), value
+        return (value * weights(value.shape)).sum(), value
 
     leaves = {name: arrays[name] for name in wrt.split()}
     (_, value), gradients = jax.value_and_grad(total, has_aux=True)(leaves)

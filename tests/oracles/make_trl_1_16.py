@@ -68,6 +68,7 @@ def record_dpo(record):
     """Row by row, but for the two losses that sort a batch and for the cross-entropy, which weighs tokens."""
     row_losses = [
         "sigmoid",
+        "sigmoid_norm",
         "hinge",
         "ipo",
         "nca_pair",
@@ -75,10 +76,8 @@ def record_dpo(record):
         "sppo_hard",
         "apo_zero",
         "apo_down",
-        "discopop",
-        "sigmoid_norm",
     ]
-    for loss_type in row_losses:
+    for loss_type in [*row_losses, "discopop"]:
         record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, {"loss_type": loss_type, "beta": BETA})
     for loss_type in ("exo_pair", "robust"):
         params = {"loss_type": loss_type, "beta": BETA, "label_smoothing": 0.1}
@@ -158,6 +157,14 @@ def record_without_reference(record):
     for alpha in (0.25, -0.5):
         params = {"loss_type": "simpo", "beta": 2.0, "gamma": 0.6, "alpha": alpha}
         record.case(f"alpha_po_{alpha}", "pairs", cpo_terms, PAIR, params)
+    for average in (False, True):
+        record.case(f"batch_logps_{average}", "logits", batch_logps, "logits", {"average": average})
+
+
+def batch_logps(x, *, average):
+    """CPOTrainer.get_batch_logps: log-probabilities of a sequence's labelled tokens from logits, and the shift."""
+    labels = torch.where(x.mask, x.tokens, -100)
+    return CPOTrainer.get_batch_logps(x.logits, labels, average_log_prob=average)
 
 
 def reward_loss(x, *, margins=False, centering=None):

@@ -49,6 +49,8 @@ def record_losses(record):
         record.case(f"grpo_{loss_type}", "rollout", grpo_loss, "logps", params)
     record.case("grpo_token_advantages", "rollout", grpo_token_advantages, "logps", {"loss_type": "bnpo"})
     record.case("grpo_delta", "rollout", grpo_token_advantages, "logps", {"loss_type": "bnpo", "delta": 1.3})
+    unclipped = {"loss_type": "bnpo", "low": 1.0, "high": 1e6}
+    record.case("grpo_unclipped", "rollout", grpo_token_advantages, "logps", unclipped)
     record.case("grpo_kl", "rollout", grpo_loss, "logps", {"loss_type": "grpo", "beta": 0.04})
     record.case("gspo", "rollout", grpo_loss, "logps", {"level": "sequence", "low": 0.03, "high": 0.04})
     record.case("cispo", "rollout", grpo_loss, "logps", {"loss_type": "cispo", "high": 1.28})
