@@ -73,26 +73,27 @@ def exact(logits: Float[ArrayLike, "*b v"], ref_logits: Float[ArrayLike, "*b v"]
 @typed
 def exact_from_hidden(
     hidden: Float[ArrayLike, "*b d"],
-    unembedding: Float[ArrayLike, "d v"],
+    unembedding: Float[ArrayLike, "d v"] | Float[ArrayLike, "v d"],
     ref_hidden: Float[ArrayLike, "*b e"],
-    ref_unembedding: Float[ArrayLike, "e v"],
+    ref_unembedding: Float[ArrayLike, "e v"] | Float[ArrayLike, "v e"],
     *,
     chunk: int = vocabulary.CHUNK,
     temperature: Scalar = 1.0,
     softcap: Scalar | None = None,
+    tied: bool = False,
 ) -> Float[Array, "*b"]:
-    """`exact` of the logits that two models' hidden states give, neither of which are held; never negative.
+    """`exact` of the logits that two models' hidden states give, which are never held; never negative.
 
-    Temperature and softcap apply to both. There are gradients by both sides; arguments and what raises are those of
-    `logprobs.from_hidden`.
+    `temperature`, `softcap` and `tied` apply to both models, whose widths may differ. There are gradients by both.
+    Arguments and what raises are those of `logprobs.from_hidden`.
 
     >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
     >>> exact_from_hidden(jnp.ones((1, 1)), p, jnp.ones((1, 1)), q, chunk=1)
     Array([0.1438], dtype=float32)
     """
-    of_both = partial(vocabulary.head, chunk=chunk, temperature=temperature, softcap=softcap)
+    of_both = partial(vocabulary.head, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
     heads = of_both(hidden, unembedding), of_both(ref_hidden, ref_unembedding)
-    return vocabulary.fold(vocabulary.ExactKL, chunk, heads)
+    return vocabulary.exact_kl(chunk, heads)
 
 
 @flax.struct.dataclass

@@ -67,40 +67,43 @@ def entropy(logits: Float[ArrayLike, "*b v"], *, temperature: Scalar = 1.0) -> F
 @typed
 def from_hidden(
     hidden: Float[ArrayLike, "*b d"],
-    unembedding: Float[ArrayLike, "d v"],
+    unembedding: Float[ArrayLike, "d v"] | Float[ArrayLike, "v d"],
     tokens: Int[ArrayLike, "*b"],
     *,
     chunk: int = vocabulary.CHUNK,
     temperature: Scalar = 1.0,
     softcap: Scalar | None = None,
+    tied: bool = False,
 ) -> Float[Array, "*b"]:
     """`token_logps` of the logits that hidden states give, which are never held: log softmax(z / temperature)[token].
 
         z = hidden · unembedding,   or softcap · tanh(hidden · unembedding / softcap)
 
-    The vocabulary is read `chunk` entries at a time, forwards and again backwards; neither need divide the other. A
-    tied table `[v, d]` goes in as its transpose. In half precision the products take the dtype of `hidden` and add up
-    in float32. There are gradients by `hidden`, `unembedding`, `temperature` and `softcap`, in reverse mode only.
+    The vocabulary is read `chunk` entries at a time, forwards and again backwards; it need not divide v. With `tied`,
+    `unembedding` is a table of embeddings, `[v, d]`. In half precision the products take the dtype of `hidden` and add
+    up in float32. There are gradients by `hidden`, `unembedding`, `temperature` and `softcap`, in reverse mode only.
 
-    As in `next_token_logps`, hidden[t − 1] predicts tokens[t]: the caller shifts. Raises ValueError if chunk < 1,
-    temperature ≤ 0 or softcap ≤ 0. Token ids are not checked: one outside [0, v) gives NaN.
+    As with `token_logps`, a state stands beside the token that it predicts. Raises ValueError if chunk < 1,
+    temperature ≤ 0, softcap ≤ 0 or the unembedding lies the other way. Token ids are not checked: one outside [0, v)
+    gives NaN.
 
     >>> hidden, unembedding = jnp.array([[1.0]]), jnp.log(jnp.array([[0.25, 0.75]]))
     >>> from_hidden(hidden, unembedding, jnp.array([1]), chunk=1)
     Array([-0.2877], dtype=float32)
     """
-    head = vocabulary.head(hidden, unembedding, chunk=chunk, temperature=temperature, softcap=softcap)
-    return vocabulary.fold(vocabulary.TokenLogp, chunk, (head,), jnp.asarray(tokens))
+    head = vocabulary.head(hidden, unembedding, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
+    return vocabulary.token_logp(chunk, (head,), jnp.asarray(tokens))
 
 
 @typed
 def entropy_from_hidden(
     hidden: Float[ArrayLike, "*b d"],
-    unembedding: Float[ArrayLike, "d v"],
+    unembedding: Float[ArrayLike, "d v"] | Float[ArrayLike, "v d"],
     *,
     chunk: int = vocabulary.CHUNK,
     temperature: Scalar = 1.0,
     softcap: Scalar | None = None,
+    tied: bool = False,
 ) -> Float[Array, "*b"]:
     """`entropy` of the logits that hidden states give, which are never held: −Σ p log p, in [0, log v].
 
@@ -109,8 +112,8 @@ def entropy_from_hidden(
     >>> entropy_from_hidden(jnp.ones((1, 2)), jnp.zeros((2, 4)), chunk=3)
     Array([1.3863], dtype=float32)
     """
-    head = vocabulary.head(hidden, unembedding, chunk=chunk, temperature=temperature, softcap=softcap)
-    return vocabulary.fold(vocabulary.Entropy, chunk, (head,))
+    head = vocabulary.head(hidden, unembedding, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
+    return vocabulary.entropy(chunk, (head,))
 
 
 @typed

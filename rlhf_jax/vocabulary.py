@@ -35,12 +35,18 @@ class Head:
     """What makes logits: z = softcap · tanh(hidden · unembedding / softcap) / temperature."""
 
     hidden: Array  # [*b, d]
-    unembedding: Array  # [d, v]
+    unembedding: Array  # [d, v], or [v, d] if tied
     temperature: Array  # []
     softcap: Array | None  # []
+    tied: bool = flax.struct.field(pytree_node=False)
+
+    @property
+    def axis(self) -> int:
+        """Of the unembedding: its vocabulary. A transpose that a loop reads would be copied."""
+        return 0 if self.tied else 1
 
 
-class Quantity(Protocol):
+class _Quantity(Protocol):
     """One number a position, as a fold over slices of the logits of one head or of several.
 
     `offset` is the vocabulary entry at which a slice starts; `logits` are those of each head, [*b, c].
@@ -68,20 +74,30 @@ class Quantity(Protocol):
 
 
 def head(
-    hidden: ArrayLike, unembedding: ArrayLike, *, chunk: int, temperature: Scalar, softcap: Scalar | None
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    *,
+    chunk: int,
+    temperature: Scalar,
+    softcap: Scalar | None,
+    tied: bool,
 ) -> Head:
-    """The head, checked: ValueError if chunk < 1, temperature ≤ 0 or softcap ≤ 0."""
+    """The head, checked: ValueError if chunk < 1, temperature ≤ 0, softcap ≤ 0 or the table lies the other way."""
     require("chunk", chunk, "[1, inf)")
     require("temperature", temperature, "(0, inf)")
     require("softcap", softcap, "(0, inf)")
-    hidden = jnp.asarray(hidden)
+    hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
     wide = partial(jnp.asarray, dtype=_wide(hidden))
-    return Head(hidden, jnp.asarray(unembedding), wide(temperature), None if softcap is None else wide(softcap))
+    made = Head(hidden, unembedding, wide(temperature), None if softcap is None else wide(softcap), tied)
+    if unembedding.shape[1 - made.axis] != hidden.shape[-1]:
+        wanted = "[v, d] where tied" if tied else "[d, v] unless tied"
+        raise ValueError(f"unembedding must be {wanted}: got {unembedding.shape} for hidden {hidden.shape}")
+    return made
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def fold(quantity: type[Quantity], chunk: int, heads: tuple[Head, ...], tokens: Array | None = None) -> Array:
-    """The quantity at every position, `[*b]`, with a gradient by everything in `heads`. Reverse mode only."""
+def _fold(quantity: type[_Quantity], chunk: int, heads: tuple[Head, ...], tokens: Array | None = None) -> Array:
+    """The quantity at every position, [*b], with a gradient by all that `heads` hold. Reverse mode only."""
     return _fold_forward(quantity, chunk, heads, tokens)[0]
 
 
@@ -98,11 +114,11 @@ def _fold_backward(quantity, chunk, residuals, cotangent):
     saved, heads, tokens = residuals
 
     def step(gradients, offset, size):
-        columns, logits, pulls = zip(*(_logits(h, offset, size) for h in heads), strict=True)
+        tables, logits, pulls = zip(*(_logits(h, offset, size) for h in heads), strict=True)
         d_logits = quantity.gradient(saved, offset, tokens, *logits)
         return tuple(
             _add(gradient, h, table, pull(cotangent[..., None] * by_z), offset)
-            for gradient, h, table, pull, by_z in zip(gradients, heads, columns, pulls, d_logits, strict=True)
+            for gradient, h, table, pull, by_z in zip(gradients, heads, tables, pulls, d_logits, strict=True)
         )
 
     zeros = tuple(jax.tree.map(jnp.zeros_like, h.replace(hidden=as_float(h.hidden))) for h in heads)
@@ -110,12 +126,12 @@ def _fold_backward(quantity, chunk, residuals, cotangent):
     return tuple(g.replace(hidden=g.hidden.astype(h.hidden.dtype)) for g, h in zip(gradients, heads, strict=True)), None
 
 
-fold.defvjp(_fold_forward, _fold_backward)
+_fold.defvjp(_fold_forward, _fold_backward)
 
 
 def _over_slices(step, carry, chunk, head):
     """The carry after step(carry, offset, size) over all slices; the last is smaller where chunk does not divide v."""
-    vocabulary = head.unembedding.shape[1]
+    vocabulary = head.unembedding.shape[head.axis]
     chunk = min(chunk, vocabulary)
     whole, rest = divmod(vocabulary, chunk)
     carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(carry, i * chunk, chunk), carry)
@@ -123,13 +139,13 @@ def _over_slices(step, carry, chunk, head):
 
 
 def _logits(head, offset, size):
-    """(columns [d, c] of the unembedding, their logits [*b, c], what pulls a gradient back through cap and division).
+    """(a slice of the unembedding, its logits [*b, c], what pulls a gradient back through softcap and temperature).
 
     As `unembed` has it: the product takes the unembedding in the dtype of the hidden states and adds up in float32.
     """
-    columns = jax.lax.dynamic_slice_in_dim(head.unembedding, offset, size, axis=1).astype(head.hidden.dtype)
-    raw = jnp.matmul(head.hidden, columns, preferred_element_type=_wide(head.hidden))
-    return columns, *jax.vjp(_cap_and_divide, raw, head.temperature, head.softcap)
+    table = jax.lax.dynamic_slice_in_dim(head.unembedding, offset, size, head.axis).astype(head.hidden.dtype)
+    raw = _product(head.hidden, table, (-1, 1 - head.axis))
+    return table, *jax.vjp(_cap_and_divide, raw, head.temperature, head.softcap)
 
 
 def _cap_and_divide(raw, temperature, softcap):
@@ -137,20 +153,25 @@ def _cap_and_divide(raw, temperature, softcap):
     return capped / temperature
 
 
-def _add(gradient, head, columns, by_raw_and_scalars, offset):
-    """The head's gradient with one slice's added to it, or, in the columns of the unembedding, written to it."""
+def _add(gradient, head, table, by_raw_and_scalars, offset):
+    """The head's gradient with a slice's added; its part by the unembedding is complete, and written where it belongs.
+
+    The gradient by the logits takes the dtype of the hidden states before it is multiplied, as the logits' product did.
+    """
     by_raw, by_temperature, by_softcap = by_raw_and_scalars
     by_raw = by_raw.astype(head.hidden.dtype)
-    product = partial(jnp.tensordot, preferred_element_type=_wide(head.hidden))
-    by_columns = product(head.hidden, by_raw, (tuple(range(by_raw.ndim - 1)),) * 2)
+    operands = (by_raw, head.hidden) if head.tied else (head.hidden, by_raw)
+    by_table = _product(*operands, (tuple(range(by_raw.ndim - 1)),) * 2).astype(gradient.unembedding.dtype)
     return gradient.replace(
-        hidden=gradient.hidden + product(by_raw, columns, (-1, 1)),
-        unembedding=jax.lax.dynamic_update_slice_in_dim(
-            gradient.unembedding, by_columns.astype(gradient.unembedding.dtype), offset, axis=1
-        ),
+        hidden=gradient.hidden + _product(by_raw, table, (-1, head.axis)),
+        unembedding=jax.lax.dynamic_update_slice_in_dim(gradient.unembedding, by_table, offset, head.axis),
         temperature=gradient.temperature + by_temperature,
         softcap=None if by_softcap is None else gradient.softcap + by_softcap,
     )
+
+
+def _product(a, b, axes):
+    return jnp.tensordot(a, b, axes, preferred_element_type=_wide(a))
 
 
 def _wide(x):
@@ -158,35 +179,35 @@ def _wide(x):
 
 
 @flax.struct.dataclass
-class Total:
+class _Total:
     """The running normaliser Σ exp(z − peak) of one head's logits, at least 1 once a slice has been read."""
 
     peak: Array
     total: Array
 
     @classmethod
-    def start(cls, zeros: Array) -> "Total":
+    def start(cls, zeros: Array) -> "_Total":
         """Of nothing. The peak is finite, so that 0 times its distance from the first one is 0."""
         return cls(zeros + jnp.finfo(zeros.dtype).min, zeros)
 
-    def update(self, logits: Array) -> tuple["Total", Array, Array]:
+    def update(self, logits: Array) -> tuple["_Total", Array, Array]:
         """(with a slice added, log of what earlier sums of exp(z − peak) shrink by, z − new peak)."""
         peak = jnp.maximum(self.peak, logits.max(-1))
         shrink = self.peak - peak
         below = logits - peak[..., None]
-        return Total(peak, self.total * jnp.exp(shrink) + jnp.exp(below).sum(-1)), shrink, below
+        return _Total(peak, self.total * jnp.exp(shrink) + jnp.exp(below).sum(-1)), shrink, below
 
     def log_probs(self, logits: Array) -> Array:
         """Log-probabilities of a slice, once all have been read; exact for logits far from 0, too."""
         return (logits - self.peak[..., None]) - jnp.log(self.total)[..., None]
 
 
-class TokenLogp:
+class _TokenLogp:
     """log softmax(z)[token]; NaN for a token outside [0, v), whose own logit then adds nothing to the gradient."""
 
     @staticmethod
     def start(zeros):
-        return Total.start(zeros), jnp.full_like(zeros, jnp.nan)
+        return _Total.start(zeros), jnp.full_like(zeros, jnp.nan)
 
     @staticmethod
     def update(state, offset, tokens, logits):
@@ -207,12 +228,12 @@ class TokenLogp:
         return (jnp.where(is_token, 1, 0) - jnp.exp(total.log_probs(logits)),)
 
 
-class Entropy:
+class _Entropy:
     """H = log Σ w − Σ w (z − peak) / Σ w with w = exp(z − peak): two terms ≥ 0, so no rounding can make it negative."""
 
     @staticmethod
     def start(zeros):
-        return Total.start(zeros), zeros
+        return _Total.start(zeros), zeros
 
     @staticmethod
     def update(state, offset, tokens, logits):
@@ -237,12 +258,12 @@ class Entropy:
         return (-jnp.exp(log_p) * (log_p + entropy[..., None]),)
 
 
-class ExactKL:
+class _ExactKL:
     """Σ p (log p − log q), with the logits x and y of the two heads: E_p[x − y] − log Σ exp x + log Σ exp y."""
 
     @staticmethod
     def start(zeros):
-        return Total.start(zeros), Total.start(zeros), zeros
+        return _Total.start(zeros), _Total.start(zeros), zeros
 
     @staticmethod
     def update(state, offset, tokens, logits, ref_logits):
@@ -267,3 +288,11 @@ class ExactKL:
         log_p, log_q = total.log_probs(logits), ref_total.log_probs(ref_logits)
         p = jnp.exp(log_p)
         return p * (log_p - log_q - kl[..., None]), jnp.exp(log_q) - p
+
+
+token_logp = partial(_fold, _TokenLogp)
+"""(chunk, (head,), tokens) -> [*b]."""
+entropy = partial(_fold, _Entropy)
+"""(chunk, (head,)) -> [*b]."""
+exact_kl = partial(_fold, _ExactKL)
+"""(chunk, (head, reference's head)) -> [*b]."""
