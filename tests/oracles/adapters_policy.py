@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from rlhf_jax import kl, logprobs, losses, masking
+from rlhf_jax import importance, kl, logprobs, losses, masking
 from tests.oracles.adapters_tokens import extended
 from tests.oracles.comparing import Oracle
 
@@ -24,7 +24,7 @@ def grpo(x, p, reduce):
 
 def dr_grpo(x, p):
     """Dr. GRPO divides by a constant, the longest completion allowed."""
-    return grpo(x, p, masking.token_mean).total / (len(x.mask) * p.max_length)
+    return grpo(x, p, lambda loss, mask: masking.fixed_length_mean(loss, mask, length=p.max_length)).value
 
 
 def grpo_with_kl(x, p):
@@ -37,6 +37,57 @@ def rloo(x, p):
     """RLOO's ratio is of whole sequences."""
     logps, old_logps = (logprobs.sequence_logps(each, x.mask) for each in (x.logps, x.old_logps))
     return losses.policy.ppo_clip(logps, old_logps, x.seq_advantages, clip_eps=p.low, clip_eps_high=p.high)[0].mean()
+
+
+def of_sequences(name, low="low", high="high"):
+    """GSPO and GMPO: a loss a sequence, and the mean over them. `low` and `high` name the case's parameters."""
+
+    def ours(x, p):
+        bounds = {"clip_eps": vars(p)[low], "clip_eps_high": vars(p)[high]}
+        return getattr(losses.policy, name)(x.logps, x.old_logps, x.seq_advantages, x.mask, **bounds)[0].mean()
+
+    return ours
+
+
+def gspo_token(x, p):
+    loss = losses.policy.gspo_token(
+        x.logps, x.old_logps, per_sequence(x), x.mask, clip_eps=p.low, clip_eps_high=p.high
+    )[0]
+    return masking.sequence_mean(loss, x.mask).value
+
+
+def cispo(x, p):
+    """TRL's bound is of the ratio, ours of how far it lies above 1."""
+    loss = losses.policy.cispo(x.logps, x.old_logps, per_sequence(x), clip_eps_high=p.high - 1)[0]
+    return masking.token_mean(loss, x.mask).value
+
+
+def trpo(x, p):
+    """GRPO whose range is that of all ratios."""
+    return masking.token_mean(losses.policy.trpo_surrogate(x.logps, x.old_logps, x.advantages)[0], x.mask).value
+
+
+def sampler(weigh, outside):
+    """A weight a token, 1 outside the mask in TRL, or a weight a sequence, [b, 1] in TRL."""
+
+    def ours(x, p):
+        bounds = {"low": getattr(p, "low", None), "high": p.high, "outside": outside}
+        if weigh == "token":
+            return jnp.where(x.mask, importance.token_weights(x.logps, x.old_logps, **bounds), 1)
+        return importance.sequence_weights(x.logps, x.old_logps, x.mask, **bounds)[:, None]
+
+    return ours
+
+
+def corrected(outside):
+    """OpenRLHF multiplies PPO's loss by the weight of the trainer's old log-probabilities to the sampler's."""
+
+    def ours(x, p):
+        low, high = p.threshold
+        weights = importance.token_weights(x.old_logps, x.ref_logps, low=low, high=high, outside=outside)
+        return masking.token_mean(losses.policy.ppo_clip(x.logps, x.old_logps, x.advantages)[0] * weights, x.mask).value
+
+    return ours
 
 
 def row_means(x, p):
@@ -70,7 +121,7 @@ PPO = (
     Oracle(CLIP, "trl_1_16_policy", "grpo_grpo", lambda x, p: grpo(x, p, masking.sequence_mean).value),
     Oracle(CLIP, "trl_1_16_policy", "grpo_bnpo", lambda x, p: grpo(x, p, masking.token_mean).value),
     Oracle(CLIP, "trl_1_16_policy", "grpo_dapo", lambda x, p: grpo(x, p, masking.token_mean).value),
-    Oracle(CLIP, "trl_1_16_policy", "grpo_dr_grpo", dr_grpo),
+    Oracle("masking.fixed_length_mean", "trl_1_16_policy", "grpo_dr_grpo", dr_grpo),
     Oracle("kl.k3", "trl_1_16_policy", "grpo_kl", grpo_with_kl),
     Oracle(CLIP, "trl_1_16_policy", "rloo_loss", rloo),
     Oracle(
@@ -105,10 +156,31 @@ PPO = (
         "trl_1_12",
         "ppo_loss",
         lambda x, p: ppo_and_value(x, p, extended(x.mask)),
-        departs=LONGER,
-        plain=lambda x, p: ppo_and_value(x, p, x.mask),
+        reading=LONGER,
+        otherwise=lambda x, p: ppo_and_value(x, p, x.mask),
     ),
     Oracle("losses.policy.reinforce", "rlax", "policy_gradient", policy_gradient),
+    Oracle("losses.policy.gspo", "trl_1_16_policy", "gspo", of_sequences("gspo")),
+    Oracle("losses.policy.gspo", "openrlhf", "policy_loss_gspo", of_sequences("gspo", "clip_eps_low", "clip_eps_high")),
+    Oracle("losses.policy.gspo_token", "trl_1_12", "gspo_token_0.04", gspo_token),
+    Oracle("losses.policy.gspo_token", "trl_1_12", "gspo_token_0.5", gspo_token),
+    Oracle("losses.policy.gmpo", "trl_1_16_policy", "gmpo_0.4", of_sequences("gmpo")),
+    Oracle("losses.policy.gmpo", "trl_1_16_policy", "gmpo_0.05", of_sequences("gmpo")),
+    Oracle("losses.policy.cispo", "trl_1_16_policy", "cispo", cispo),
+    Oracle("losses.policy.trpo_surrogate", "trl_1_16_policy", "grpo_unclipped", trpo),
+    *(
+        Oracle(
+            f"importance.{weigh}_weights",
+            "trl_1_16_policy",
+            f"sampler_{weigh}_{outside}{bounds}",
+            sampler(weigh, outside),
+        )
+        for weigh in ("token", "sequence")
+        for outside in ("truncate", "mask")
+        for bounds in ("", "_both")
+    ),
+    Oracle("importance.token_weights", "openrlhf", "policy_loss_token_clip", corrected("truncate")),
+    Oracle("importance.token_weights", "openrlhf", "policy_loss_token_mask", corrected("mask")),
 )
 
 VALUES = (
@@ -117,8 +189,8 @@ VALUES = (
         "trl_1_12",
         "ppo_value_loss",
         lambda x, p: value_loss(x, p.cliprange_value, extended(x.mask)),
-        departs=LONGER,
-        plain=lambda x, p: value_loss(x, p.cliprange_value, x.mask),
+        reading=LONGER,
+        otherwise=lambda x, p: value_loss(x, p.cliprange_value, x.mask),
     ),
     *(
         Oracle(

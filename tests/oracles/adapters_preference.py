@@ -61,7 +61,10 @@ WITH_REFERENCE = (
     Oracle("losses.preference.dpo", "openrlhf", "dpo", paired("dpo")),
     Oracle("losses.preference.dpo", "openrlhf", "cdpo", paired("dpo", label_smoothing="label_smoothing")),
     Oracle(
-        "losses.preference.robust_dpo", "trl_1_16", "dpo_robust", paired("robust_dpo", label_smoothing="label_smoothing")
+        "losses.preference.robust_dpo",
+        "trl_1_16",
+        "dpo_robust",
+        paired("robust_dpo", label_smoothing="label_smoothing"),
     ),
     Oracle("losses.preference.ipo", "openrlhf", "ipo", paired("ipo")),
     Oracle(
@@ -69,8 +72,8 @@ WITH_REFERENCE = (
         "trl_1_16",
         "dpo_ipo",
         paired("ipo", mean_ratios),
-        departs=IPO,
-        plain=paired("ipo"),
+        reading=IPO,
+        otherwise=paired("ipo"),
     ),
     Oracle(
         "losses.preference.exo_pair", "trl_1_16", "dpo_exo_pair", paired("exo_pair", label_smoothing="label_smoothing")

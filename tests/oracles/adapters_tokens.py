@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import advantages, kl, logprobs, masking
+from rlhf_jax import advantages, kl, logprobs, masking, normalizer
 from tests.oracles.comparing import Oracle
 
 
@@ -83,6 +83,21 @@ ON_EOS = "puts the score one token after the last where there is room; equal und
 BESSEL = "divides by n − 1 in the variance; equal but for sqrt((n − 1)/n)"
 BOTH = f"{ON_EOS}; whitening {BESSEL}"
 
+
+def head(x):
+    """Hidden states and an unembedding whose logits are the inputs': the unembedding is the identity."""
+    return x.logits, np.eye(x.logits.shape[-1])
+
+
+def moments(x, p):
+    """(mean, biased variance, unbiased standard deviation) after each batch of scores."""
+    state, rows = normalizer.Moments(), []
+    for batch in x.scores:
+        state = normalizer.update(state, batch)
+        rows.append([state.mean, state.variance, jnp.sqrt(state.squares / (state.count - 1))])
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
 LOGPROBS = (
     Oracle("logprobs.token_logps", "rlax", "token_logps", lambda x, p: logprobs.token_logps(x.logits, x.tokens)),
     Oracle(
@@ -107,6 +122,15 @@ LOGPROBS = (
     ),
     Oracle("logprobs.entropy", "rlax", "entropy", lambda x, p: logprobs.entropy(x.logits)),
     Oracle(
+        "logprobs.from_hidden",
+        "rlax",
+        "token_logps_0.7",
+        lambda x, p: logprobs.from_hidden(*head(x), x.tokens, chunk=4, temperature=p.temperature),
+    ),
+    Oracle(
+        "logprobs.entropy_from_hidden", "rlax", "entropy", lambda x, p: logprobs.entropy_from_hidden(*head(x), chunk=4)
+    ),
+    Oracle(
         "logprobs.entropy", "rlax", "entropy_0.7", lambda x, p: logprobs.entropy(x.logits, temperature=p.temperature)
     ),
 )
@@ -114,6 +138,12 @@ LOGPROBS = (
 KL = (
     *(Oracle(f"kl.{name}", "openrlhf", name, per_token(name)) for name in ("k1", "k2", "k3")),
     Oracle("kl.exact", "rlax", "categorical_kl", lambda x, p: kl.exact(x.logits, x.ref_logits)),
+    Oracle(
+        "kl.exact_from_hidden",
+        "rlax",
+        "categorical_kl",
+        lambda x, p: kl.exact_from_hidden(*head(x), x.ref_logits, np.eye(x.logits.shape[-1]), chunk=4),
+    ),
     *(
         Oracle("kl.AdaptiveKL", peer, case, adaptive_kl)
         for peer, case in (("openrlhf", "adaptive_kl_0.8"), ("openrlhf", "adaptive_kl_4.0"), ("trlx", "adaptive_kl"))
@@ -132,8 +162,8 @@ MASKING = (
         "trl_1_12",
         "masked_var_True",
         lambda x, p: masking.masked_var(x.rewards, x.mask) * x.mask.sum() / (x.mask.sum() - 1),
-        departs="its default divides by n − 1; equal times n/(n − 1)",
-        plain=lambda x, p: masking.masked_var(x.rewards, x.mask),
+        reading="its default divides by n − 1; equal times n/(n − 1)",
+        otherwise=lambda x, p: masking.masked_var(x.rewards, x.mask),
     ),
     Oracle("masking.whiten", "openrlhf", "whiten", lambda x, p: masking.whiten(x.rewards, x.mask)),
     *(
@@ -142,8 +172,8 @@ MASKING = (
             "trl_1_12",
             f"masked_whiten_{shift_mean}",
             trl_whiten,
-            departs=BESSEL,
-            plain=lambda x, p: masking.whiten(x.rewards, x.mask, shift_mean=p.shift_mean),
+            reading=BESSEL,
+            otherwise=lambda x, p: masking.whiten(x.rewards, x.mask, shift_mean=p.shift_mean),
         )
         for shift_mean in (True, False)
     ),
@@ -153,8 +183,8 @@ MASKING = (
             "trlx",
             f"whiten_{shift_mean}",
             trlx_whiten,
-            departs=f"{BESSEL}; takes no mask",
-            plain=lambda x, p: masking.whiten(x.rewards, x.mask, shift_mean=p.shift_mean),
+            reading=f"{BESSEL}; takes no mask",
+            otherwise=lambda x, p: masking.whiten(x.rewards, x.mask, shift_mean=p.shift_mean),
         )
         for shift_mean in (True, False)
     ),
@@ -173,8 +203,8 @@ REWARDS = (
             "trl_1_12",
             f"ppo_rewards_{estimator}",
             lambda x, p: ppo_rewards(x, p, extended(x.mask)),
-            departs=ON_EOS,
-            plain=lambda x, p: ppo_rewards(x, p, x.mask),
+            reading=ON_EOS,
+            otherwise=lambda x, p: ppo_rewards(x, p, x.mask),
         )
         for estimator in ("k1", "k3")
     ),
@@ -183,8 +213,8 @@ REWARDS = (
         "trl_1_12",
         "ppo_rewards_whitened",
         whitened_rewards,
-        departs=BOTH,
-        plain=lambda x, p: masking.whiten(ppo_rewards(x, p, x.mask), x.mask, shift_mean=False),
+        reading=BOTH,
+        otherwise=lambda x, p: masking.whiten(ppo_rewards(x, p, x.mask), x.mask, shift_mean=False),
     ),
 )
 
@@ -192,12 +222,7 @@ GAE = (
     Oracle("advantages.gae", "rlax", "gae", gae_of(0)),
     Oracle("advantages.gae", "rlax", "lambda_returns", gae_of(1)),
     Oracle("advantages.gae", "openrlhf", "gae_returns", gae_of(1)),
-    Oracle(
-        "advantages.gae",
-        "openrlhf",
-        "gae_advantages",
-        lambda x, p: gae_of(0)(x, p),
-    ),
+    Oracle("advantages.gae", "openrlhf", "gae_advantages", gae_of(0)),
     Oracle("advantages.gae", "trlx", "gae_advantages", gae_of(0, np.ones_like)),
     Oracle("advantages.gae", "trlx", "gae_returns", gae_of(1, np.ones_like)),
     Oracle(
@@ -205,8 +230,8 @@ GAE = (
         "trlx",
         "gae_whitened",
         lambda x, p: trlx_gae_whitened(x, p),
-        departs=f"whitening {BESSEL}; takes no mask",
-        plain=lambda x, p: masking.whiten(gae_of(0)(x, p), x.mask),
+        reading=f"whitening {BESSEL}; takes no mask",
+        otherwise=lambda x, p: masking.whiten(gae_of(0)(x, p), x.mask),
     ),
     *(
         Oracle(
@@ -214,8 +239,8 @@ GAE = (
             "trl_1_12",
             f"ppo_returns_{estimator}",
             lambda x, p: ppo_gae(x, p, extended(x.mask))[1],
-            departs=ON_EOS,
-            plain=lambda x, p: ppo_gae(x, p, x.mask)[1],
+            reading=ON_EOS,
+            otherwise=lambda x, p: ppo_gae(x, p, x.mask)[1],
         )
         for estimator in ("k1", "k3")
     ),
@@ -225,8 +250,8 @@ GAE = (
             "trl_1_12",
             f"ppo_advantages_{estimator}",
             whitened_twice,
-            departs=BOTH,
-            plain=lambda x, p: masking.whiten(ppo_gae(x, p, x.mask)[0], x.mask),
+            reading=BOTH,
+            otherwise=lambda x, p: masking.whiten(ppo_gae(x, p, x.mask)[0], x.mask),
         )
         for estimator in ("k1", "k3")
     ),
@@ -255,6 +280,16 @@ BASELINES = (
     ),
     Oracle("advantages.leave_one_out", "trl_1_16_policy", "rloo_advantages", lambda x, p: leave_one_out(x)),
     Oracle("advantages.leave_one_out", "openrlhf", "baseline_rloo", lambda x, p: leave_one_out(x)),
+    *(
+        Oracle(
+            "advantages.reinforce_plus_plus",
+            "openrlhf",
+            f"reinforce_plus_plus_{gamma}",
+            lambda x, p: advantages.reinforce_plus_plus(x.rewards, x.mask, gamma=p.gamma),
+        )
+        for gamma in (1.0, 0.9)
+    ),
+    Oracle("normalizer.update", "trlx", "running_moments", moments),
 )
 
 

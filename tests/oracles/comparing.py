@@ -20,6 +20,7 @@ import numpy as np
 from tests.oracles.inputs import weights
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 TOLERANCE = 1e-6
 FLOOR = 1e-6
 """An element below this share of the largest is measured against that share: what rounding of the largest leaves."""
@@ -35,10 +36,10 @@ class Oracle:
     peer: str
     case: str
     ours: Ours
-    departs: str = ""
-    """Where the peer does otherwise than the paper: what makes the two equal, which `ours` then does to the inputs."""
-    plain: Ours | None = None
-    """Our function as the paper has it, on the same inputs: the test asserts that it is another number."""
+    reading: str = ""
+    """Where a paper is read in two ways: what the peer does, and what `ours` does to the inputs to equal it."""
+    otherwise: Ours | None = None
+    """Our function in the other reading, on the same inputs: a test asserts that it is another number."""
 
     def __str__(self):
         return f"{self.function}-{self.peer}-{self.case}"
