@@ -8,7 +8,7 @@ from tests.oracles.comparing import Oracle
 
 
 def ilql(x, p, cql_coef):
-    """(loss a token, diagnostics). trlx's heads come first and its values have one state more, after the last action."""
+    """trlx's heads come first, and its values have one state more, after the last action."""
     q, target_q = (jnp.moveaxis(each, 0, -2) for each in (x.qs, x.target_qs))
     return losses.offline.ilql(
         q, target_q, x.values[:, :-1], x.rewards, x.actions, x.mask, gamma=p.gamma, tau=p.tau, cql_coef=cql_coef

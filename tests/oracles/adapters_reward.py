@@ -50,6 +50,15 @@ REWARD = (
         "sigmoid_log_loss",
         lambda x, p: losses.reward.outcome_bce(x.scores, x.labels)[0],
     ),
+    Oracle(
+        "losses.reward.plackett_luce", "tfp", "plackett_luce", lambda x, p: losses.reward.plackett_luce(x.scores)[0]
+    ),
+    Oracle(
+        "losses.reward.ordinal_rating",
+        "tfp",
+        "ordered_logistic",
+        lambda x, p: losses.reward.ordinal_rating(x.scores, x.stars, x.thresholds)[0],
+    ),
     Oracle("losses.reward.process_bce", "trl_1_12", "prm", process_bce),
 )
 

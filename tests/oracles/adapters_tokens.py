@@ -122,6 +122,12 @@ LOGPROBS = (
     ),
     Oracle("logprobs.entropy", "rlax", "entropy", lambda x, p: logprobs.entropy(x.logits)),
     Oracle(
+        "logprobs.sequence_logps",
+        "trl_1_16",
+        "batch_logps_True",
+        lambda x, p: logprobs.sequence_logps(logprobs.next_token_logps(x.logits, x.tokens), x.mask) / x.mask.sum(-1),
+    ),
+    Oracle(
         "logprobs.from_hidden",
         "rlax",
         "token_logps_0.7",

@@ -137,13 +137,15 @@ def steps() -> Arrays:
 
 
 def ratings() -> Arrays:
-    """Scores against labels, right or wrong, against probabilities, and against ratings on a scale."""
+    """Scores against labels, right or wrong, probabilities, ratings on a scale, and stars from 0 to 3."""
     rng = np.random.default_rng(10)
     return {
         "scores": rng.normal(size=8),
         "labels": rng.random(8) < 0.5,
         "probabilities": rng.uniform(0.1, 0.9, 8),
         "ratings": rng.uniform(1, 5, 8),
+        "stars": np.array([0, 3, 1, 2, 3, 0, 1, 2]),
+        "thresholds": np.array([-1.1, 0.2, 1.7]),
     }
 
 

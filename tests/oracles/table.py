@@ -16,9 +16,31 @@ ORACLES: tuple[Oracle, ...] = (
     *adapters_offline.ORACLES,
 )
 
-IDENTITIES: dict[str, str] = {}
-
-NOT_COMPARED: set[tuple[str, str]] = set()
+IDENTITIES: dict[str, str] = {
+    "advantages.remax": "tests/test_advantages.py::test_remax_is_what_a_sample_has_over_the_greedy_completion",
+    "advantages.require_group": "tests/test_advantages.py::test_a_group_of_one_has_no_baseline",
+    "kl.FixedKL": "tests/test_kl.py::test_fixed_kl_stays",
+    "logprobs.ratio_deviation": "tests/test_logprobs.py::test_ratio_deviation_is_the_largest_either_way",
+    "losses.offline.perturbed_logits": (
+        "tests/losses/test_offline.py::test_the_extracted_policy_weighs_the_behaviour_policy_by_the_advantage"
+    ),
+    "losses.policy.p3o": "tests/losses/test_policy.py::test_p3os_gradient_is_the_pairwise_policy_gradient",
+    "losses.policy.trust_region_penalty": "tests/losses/test_policy.py::test_a_trust_region_taxes_what_lies_outside",
+    "losses.regularizers.elastic_weight_consolidation": (
+        "tests/losses/test_regularizers.py::test_consolidation_with_a_fisher_of_one_is_half_the_squared_distance"
+    ),
+    "losses.regularizers.fisher_diagonal": (
+        "tests/losses/test_regularizers.py::test_fisher_of_softmax_logits_is_p_times_one_minus_p"
+    ),
+    "losses.regularizers.pretraining_mix": (
+        "tests/losses/test_regularizers.py::test_pretraining_is_cross_entropy_at_its_price"
+    ),
+    "masking.keep": "tests/properties.py::test_garbage_in_the_pads_changes_no_value_and_no_gradient",
+    "masking.last_index": "tests/test_masking.py::test_last_index_of_any_padding",
+    "masking.positions": "tests/test_masking.py::test_positions_count_the_kept_tokens_before",
+    "normalizer.normalize": "tests/test_normalizer.py::test_scores_come_out_with_mean_zero_and_variance_one",
+}
+"""What no peer has, with the test of something that it must obey."""
 
 MODULES = ("logprobs", "kl", "masking", "advantages", "importance", "normalizer")
 
