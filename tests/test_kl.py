@@ -9,6 +9,9 @@ from rlhf_jax import kl
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from tests.properties import Case, Properties, normal
 
+# Shared by all rows, and exact in half precision. Their own gradients are in test_from_hidden.py.
+UNEMBEDDINGS = np.random.default_rng(0).integers(-4, 5, (2, 3, 6)).astype(np.float32) / 4
+
 
 class TestProperties(Properties):
     cases = (
@@ -16,6 +19,12 @@ class TestProperties(Properties):
         Case(kl.k2, normal("logps", "ref_logps")),
         Case(kl.k3, normal("logps", "ref_logps")),
         Case(kl.exact, normal("logits", "ref_logits", shape=(5, 6))),
+        Case(
+            kl.exact_from_hidden,
+            normal("hidden", "ref_hidden", shape=(5, 3)),
+            {"temperature": 0.7, "softcap": 3.0},
+            {"unembedding": UNEMBEDDINGS[0], "ref_unembedding": UNEMBEDDINGS[1], "chunk": 4},
+        ),
     )
 
 
