@@ -109,34 +109,4 @@ WITHOUT_REFERENCE = (
 )
 
 
-def kto_of(name, baseline):
-    """A loss of single completions, whose mean over the batch TRL tells; `baseline` is KTO's z."""
-
-    def ours(x, p):
-        logratios = logprobs.sequence_logps(x.logps - x.ref_logps, x.mask)
-        weights = {"desirable_weight": p.desirable_weight, "undesirable_weight": p.undesirable_weight}
-        return getattr(losses.unpaired, name)(logratios, x.desirable, baseline(x), beta=p.beta, **weights)[0].mean()
-
-    return ours
-
-
-def mismatched(x):
-    """z of the paper (section 4.1): the mean log-ratio of mismatched completions, not below 0."""
-    return np.maximum(mismatched_unclamped(x), 0)
-
-
-def mismatched_unclamped(x):
-    return np.where(x.kl_mask, x.kl_logps - x.ref_kl_logps, 0).sum(-1).mean()
-
-
-def matched(x):
-    """z of some other libraries: the batch's own completions, which are what the loss moves."""
-    return np.maximum(np.where(x.mask, np.asarray(x.logps0) - x.ref_logps, 0).sum(-1).mean(), 0)
-
-
-UNPAIRED = (
-    Oracle("losses.unpaired.kto", "trl_1_16", "kto", kto_of("kto", mismatched)),
-    Oracle("losses.unpaired.kto", "trl_1_16", "kto_negative_kl", kto_of("kto", mismatched)),
-)
-
-ORACLES = (*WITH_REFERENCE, *WITHOUT_REFERENCE, *UNPAIRED)
+ORACLES = (*WITH_REFERENCE, *WITHOUT_REFERENCE)

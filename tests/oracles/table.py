@@ -5,13 +5,21 @@ import inspect
 import pkgutil
 
 from rlhf_jax import losses
-from tests.oracles import adapters_offline, adapters_policy, adapters_preference, adapters_reward, adapters_tokens
+from tests.oracles import (
+    adapters_offline,
+    adapters_policy,
+    adapters_preference,
+    adapters_reward,
+    adapters_tokens,
+    adapters_unpaired,
+)
 from tests.oracles.comparing import Oracle
 
 ORACLES: tuple[Oracle, ...] = (
     *adapters_tokens.ORACLES,
     *adapters_reward.ORACLES,
     *adapters_preference.ORACLES,
+    *adapters_unpaired.ORACLES,
     *adapters_policy.ORACLES,
     *adapters_offline.ORACLES,
 )
