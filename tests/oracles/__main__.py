@@ -39,7 +39,10 @@ def measured(oracles: list[Oracle]) -> tuple[str, str, str, bool]:
     errors = [compare(oracle) for oracle in oracles]
     value = max(e.value for e in errors)
     gradients = [e.gradient for e in errors if e.gradient is not None]
-    cases = ", ".join(f"{oracle.peer}:{oracle.case}{'*' * bool(oracle.reading)}" for oracle in oracles)
+    by_peer = defaultdict(list)
+    for oracle in oracles:
+        by_peer[oracle.peer].append(oracle.case + "*" * bool(oracle.reading))
+    cases = "; ".join(f"{peer}: {', '.join(names)}" for peer, names in by_peer.items())
     worst = Errors(value, max(gradients, default=None))
     holds = max(value, worst.gradient or 0) <= TOLERANCE
     return cases, f"{value:.1e}", "" if worst.gradient is None else f"{worst.gradient:.1e}", holds
@@ -49,6 +52,7 @@ def main() -> int:
     for peer in peers():
         print(f"{peer}: {', '.join(f'{name} {version}' for name, version in numbers(peer)['versions'].items())}")
     print(f"\n{'function':44} {'value':>8} {'gradient':>8}  oracle (* in a reading of its own, below)")
+    jax.config.update("jax_disable_most_optimizations", True)  # every program here runs once
     with jax.enable_x64(True):
         made = rows()
     for function, oracle, value, gradient, _ in made:
@@ -56,7 +60,7 @@ def main() -> int:
     print()
     for oracle in ORACLES:
         if oracle.reading:
-            print(f"* {oracle.peer}:{oracle.case}: {oracle.reading}")
+            print(f"* {oracle.peer}: {oracle.case} {oracle.reading}")
     failed = [function for function, *_, holds in made if not holds]
     print(f"\n{len(made)} functions, {len(ORACLES)} comparisons; tolerance {TOLERANCE:.0e}; failed: {failed or 'none'}")
     return bool(failed)

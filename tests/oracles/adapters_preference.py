@@ -1,7 +1,5 @@
 """Losses of pairs of completions, with a reference and without one, from log-probabilities a token."""
 
-import numpy as np
-
 from rlhf_jax import logprobs, losses
 from tests.oracles.comparing import Oracle
 
