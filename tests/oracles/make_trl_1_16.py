@@ -78,7 +78,8 @@ def record_dpo(record):
         "apo_down",
     ]
     for loss_type in [*row_losses, "discopop"]:
-        record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, {"loss_type": loss_type, "beta": BETA})
+        beta = 1.0 if loss_type == "hinge" else BETA  # at which it is 0 for some pairs
+        record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, {"loss_type": loss_type, "beta": beta})
     for loss_type in ("exo_pair", "robust"):
         params = {"loss_type": loss_type, "beta": BETA, "label_smoothing": 0.1}
         record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, params)

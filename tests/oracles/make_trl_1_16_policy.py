@@ -109,7 +109,8 @@ def record_advantages(record):
     record.case("rloo_advantages", "groups", rloo_advantages, "scores")
     for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
         record.case(f"sampler_{mode}", "sampler", sampler_correction, "", {"mode": mode, "high": 1.5})
-        record.case(f"sampler_{mode}_both", "sampler", sampler_correction, "", {"mode": mode, "low": 0.7, "high": 1.5})
+        both = {"mode": mode, "low": 0.7 if mode.startswith("token") else 0.95, "high": 1.5}
+        record.case(f"sampler_{mode}_both", "sampler", sampler_correction, "", both)
 
 
 def main():
