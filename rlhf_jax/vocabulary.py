@@ -12,9 +12,11 @@ stays where it is.
 
 Layer 2 uses it as `logprobs.from_hidden`, `logprobs.entropy_from_hidden` and `kl.exact_from_hidden`.
 
-Shapes: *b any leading axes, d the width of a hidden state, v vocabulary, c one slice of it. Units: nats.
+Shapes: *b any leading axes, n positions (all of these flat), d width of a hidden state, v vocabulary, c one slice of
+it. Units: nats.
 """
 
+import math
 from functools import partial
 from typing import Any, Protocol
 
@@ -49,7 +51,7 @@ class Head:
 class _Quantity(Protocol):
     """One number a position, as a fold over slices of the logits of one head or of several.
 
-    `offset` is the vocabulary entry at which a slice starts; `logits` are those of each head, [*b, c].
+    `offset` is the vocabulary entry at which a slice starts; `logits` are those of each head, [n, c].
     """
 
     @staticmethod
@@ -64,7 +66,7 @@ class _Quantity(Protocol):
 
     @staticmethod
     def finish(state: Any) -> tuple[Array, Any]:
-        """(the number [*b], what its gradient needs)."""
+        """(the number [n], what its gradient needs)."""
         ...
 
     @staticmethod
@@ -97,7 +99,7 @@ def head(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fold(quantity: type[_Quantity], chunk: int, heads: tuple[Head, ...], tokens: Array | None = None) -> Array:
-    """The quantity at every position, [*b], with a gradient by all that `heads` hold. Reverse mode only."""
+    """The quantity at every position, [n], with a gradient by all that `heads` hold. Reverse mode only."""
     return _fold_forward(quantity, chunk, heads, tokens)[0]
 
 
@@ -139,12 +141,12 @@ def _over_slices(step, carry, chunk, head):
 
 
 def _logits(head, offset, size):
-    """(a slice of the unembedding, its logits [*b, c], what pulls a gradient back through softcap and temperature).
+    """(a slice of the unembedding, its logits [n, c], what pulls a gradient back through softcap and temperature).
 
     As `unembed` has it: the product takes the unembedding in the dtype of the hidden states and adds up in float32.
     """
     table = jax.lax.dynamic_slice_in_dim(head.unembedding, offset, size, head.axis).astype(head.hidden.dtype)
-    raw = _product(head.hidden, table, (-1, 1 - head.axis))
+    raw = _product(head.hidden, table, (1, 1 - head.axis))
     return table, *jax.vjp(_cap_and_divide, raw, head.temperature, head.softcap)
 
 
@@ -161,9 +163,9 @@ def _add(gradient, head, table, by_raw_and_scalars, offset):
     by_raw, by_temperature, by_softcap = by_raw_and_scalars
     by_raw = by_raw.astype(head.hidden.dtype)
     operands = (by_raw, head.hidden) if head.tied else (head.hidden, by_raw)
-    by_table = _product(*operands, (tuple(range(by_raw.ndim - 1)),) * 2).astype(gradient.unembedding.dtype)
+    by_table = _product(*operands, (0, 0)).astype(gradient.unembedding.dtype)
     return gradient.replace(
-        hidden=gradient.hidden + _product(by_raw, table, (-1, head.axis)),
+        hidden=gradient.hidden + _product(by_raw, table, (1, head.axis)),
         unembedding=jax.lax.dynamic_update_slice_in_dim(gradient.unembedding, by_table, offset, head.axis),
         temperature=gradient.temperature + by_temperature,
         softcap=None if by_softcap is None else gradient.softcap + by_softcap,
@@ -290,9 +292,17 @@ class _ExactKL:
         return p * (log_p - log_q - kl[..., None]), jnp.exp(log_q) - p
 
 
-token_logp = partial(_fold, _TokenLogp)
+def _over_positions(quantity, chunk, heads, tokens=None):
+    """As `_fold`, for any leading axes. Products of flat operands need no transpose."""
+    lead = heads[0].hidden.shape[:-1]
+    n = math.prod(lead)
+    flat = tuple(h.replace(hidden=h.hidden.reshape(n, h.hidden.shape[-1])) for h in heads)
+    return _fold(quantity, chunk, flat, None if tokens is None else tokens.reshape(n)).reshape(lead)
+
+
+token_logp = partial(_over_positions, _TokenLogp)
 """(chunk, (head,), tokens) -> [*b]."""
-entropy = partial(_fold, _Entropy)
+entropy = partial(_over_positions, _Entropy)
 """(chunk, (head,)) -> [*b]."""
-exact_kl = partial(_fold, _ExactKL)
+exact_kl = partial(_over_positions, _ExactKL)
 """(chunk, (head, reference's head)) -> [*b]."""
