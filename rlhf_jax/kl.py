@@ -13,9 +13,10 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import vocabulary
+from rlhf_jax.masking import keep
 from rlhf_jax.numerics import LOG_RATIO_LIMIT, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
@@ -94,6 +95,19 @@ def exact_from_hidden(
     of_both = partial(vocabulary.head, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
     heads = of_both(hidden, unembedding), of_both(ref_hidden, ref_unembedding)
     return vocabulary.exact_kl(chunk, heads)
+
+
+@typed
+def sequence_kl(kl: Float[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"]) -> Float[Array, "*b"]:
+    """Σ_t of what `k1`, `k2`, `k3` or `exact` gave for each kept token: the divergence of whole sequences, in nats.
+
+    The chain rule: where tokens are sampled from π, each after its prefix, k1's and k3's sums and that of the exact
+    divergences are unbiased for KL(π‖π_ref) of sequences. 0 for a row that keeps nothing.
+
+    >>> sequence_kl(jnp.array([0.5, -0.2, 9.0]), jnp.array([True, True, False]))
+    Array(0.3, dtype=float32)
+    """
+    return keep(kl, mask).sum(-1)
 
 
 @flax.struct.dataclass
