@@ -1,7 +1,8 @@
 """Losses as plain functions: arrays in, (unreduced loss, dict of per-element diagnostics) out.
 
 All take NumPy or JAX arrays of any leading axes, promote bfloat16 and float16 to float32, and refuse integers and wrong
-shapes with an error that names the argument. `masking.token_mean` and `masking.sequence_mean` reduce them.
+shapes with an error that names the argument. The reducers of `masking` reduce them: `token_mean`, `sequence_mean`,
+`fixed_length_mean`. What is no loss returns its array alone: `bellman_targets`, `perturbed_logits`, `fisher_diagonal`.
 """
 
 from rlhf_jax.losses import offline, policy, regularizers, reward, supervised, value

@@ -146,13 +146,13 @@ def gspo(
     mask: Bool[ArrayLike, "*b t"],
     *,
     clip_eps: Scalar = 3e-4,
-    clip_eps_high: Scalar | None = 4e-4,
+    clip_eps_high: Scalar | None = None,
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """PPO's clip of one ratio a sequence, s = (π/π_old)^(1/|y|) = exp(mean over tokens of log π/π_old).
 
         loss = −min(s A, clip(s, 1 − ε, 1 + ε_high) A)
 
-    Zheng et al. 2025 (GSPO), eq. 5 and 7, whose ranges are the defaults: s moves far less than the ratio of a token.
+    Zheng et al. 2025 (GSPO), eq. 5 and 7. Its ranges are 3e-4 and 4e-4, for s moves far less than the ratio of a token.
     One loss and one advantage a sequence; 0 for a sequence that keeps no token. log s is clamped at ±20. Diagnostics:
     `ratio` s, and `clipped` as in `ppo_clip`. Raises as `ppo_clip`.
 
@@ -173,7 +173,7 @@ def gspo_token(
     mask: Bool[ArrayLike, "*b t"],
     *,
     clip_eps: Scalar = 3e-4,
-    clip_eps_high: Scalar | None = 4e-4,
+    clip_eps_high: Scalar | None = None,
 ) -> tuple[Float[Array, "*b t"], dict[str, Float[Array, "*b t"]]]:
     """GSPO with an advantage a token: each has the sequence's ratio as its value, and a gradient of its own.
 
@@ -183,8 +183,8 @@ def gspo_token(
     Loss and diagnostics are 0 outside the mask; all else is as in `gspo`.
 
     >>> logps, mask = jnp.array([[-1.0, -2.0, 9.0]]), jnp.array([[True, True, False]])
-    >>> gspo_token(logps, jnp.array([[-1.2, -2.0, 0.0]]), -jnp.ones((1, 3)), mask)[0].round(4)
-    Array([[1.1052, 1.1052, 0.    ]], dtype=float32)
+    >>> gspo_token(logps, jnp.array([[-1.2, -2.0, 0.0]]), -jnp.ones((1, 3)), mask)[0].round(2)
+    Array([[1.11, 1.11, 0.  ]], dtype=float32)
     """
     logps, old_logps, advantages = keep(logps, mask), keep(old_logps, mask), keep(advantages, mask)
     log_ratio = jax.lax.stop_gradient(_mean(logps - old_logps, mask))[..., None]

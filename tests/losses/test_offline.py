@@ -167,3 +167,12 @@ def test_a_negative_temperature_is_refused():
     x = np.ones((1, 2), np.float32)
     with pytest.raises(ValueError, match=r"beta must lie in .*, got -1"):
         perturbed_logits(x, x, np.ones(1, np.float32), beta=-1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_softmaxes_are_finite_at_any_q(dtype):
+    q_values, actions = jnp.asarray([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]], dtype), np.array([1, 0])
+    zeros = jnp.zeros(2, dtype)
+    for fn in (lambda q: conservative(q, actions)[0], lambda q: perturbed_logits(-q, q, zeros, beta=1.0)):
+        value = jax.value_and_grad(lambda q, f=fn: f(q).sum())(q_values)
+        assert all(np.isfinite(np.float32(x)).all() for x in value)
