@@ -8,7 +8,10 @@ processor where it writes and reads the logits several times over.
 
 The vocabulary is cut, not the tokens: then the gradient of a slice of the unembedding is complete when it is written,
 only the `[*b, d]` gradient of the hidden states accumulates (in float32), and a batch that is sharded over devices
-stays where it is.
+stays where it is. An unembedding that is sharded along d is gathered a slice at a time; along v, as a whole.
+
+Rows belong in the leading axes: under `jax.vmap` each would have its own gradient of the unembedding before these are
+summed.
 
 Layer 2 uses it as `logprobs.from_hidden`, `logprobs.entropy_from_hidden` and `kl.exact_from_hidden`.
 
@@ -29,7 +32,7 @@ from rlhf_jax.numerics import as_float, require
 from rlhf_jax.types import ArrayLike, Scalar
 
 CHUNK = 4096
-"""Vocabulary entries a slice. The memory in use is about that of 1.3 `[*b, c]` arrays in float32."""
+"""Vocabulary entries a slice. Temporary memory is little more than two `[*b, c]` arrays in float32, four for the KL."""
 
 
 @flax.struct.dataclass
