@@ -150,6 +150,12 @@ KL = (
         "categorical_kl",
         lambda x, p: kl.exact_from_hidden(*head(x), x.ref_logits, np.eye(x.logits.shape[-1]), chunk=4),
     ),
+    Oracle(
+        "kl.sequence_kl",
+        "trl_1_16_policy",
+        "rloo_rewards",
+        lambda x, p: x.scores - p.beta * kl.sequence_kl(kl.k1(x.old_logps, x.ref_logps), x.mask),
+    ),
     *(
         Oracle("kl.AdaptiveKL", peer, case, adaptive_kl)
         for peer, case in (("openrlhf", "adaptive_kl_0.8"), ("openrlhf", "adaptive_kl_4.0"), ("trlx", "adaptive_kl"))

@@ -15,6 +15,7 @@ from trl.trainer import grpo_trainer, rloo_trainer
 from tests.oracles.make_common import (
     Recorder,
     SimpleNamespace,
+    identity,
     lines_of,
     masked_sum,
     policy_inputs,
@@ -81,6 +82,23 @@ def rloo_advantages(x):
     return run_lines(source, rloo_trainer, **names).advantages.view(x.scores.shape)
 
 
+def rloo_rewards(x, *, beta):
+    """A score a sequence less its KL, summed over tokens."""
+    source = lines_of(
+        rloo_trainer.RLOOTrainer._generate_and_score_completions,
+        "per_token_kl = old_per_token_logps - ref_per_token_logps",
+        "rewards = rewards - self.beta * kl",
+    )
+    names = {
+        "old_per_token_logps": x.old_logps,
+        "ref_per_token_logps": x.ref_logps,
+        "completion_mask": x.mask.to(torch.int64),
+        "rewards": x.scores,
+        "gather": identity,
+    }
+    return run_lines(source, rloo_trainer, self=SimpleNamespace(beta=beta), **names).rewards
+
+
 def sampler_correction(x, *, mode, low=None, high=2.0):
     """π_trainer/π_sampler, truncated or set to 0 outside the bounds, of a token or of the whole sequence."""
     source = lines_of(
@@ -107,6 +125,7 @@ def record_advantages(record):
     for scale in ("group", "none"):
         record.case(f"grpo_advantages_{scale}", "groups", grpo_advantages, "scores", {"scale": scale})
     record.case("rloo_advantages", "groups", rloo_advantages, "scores")
+    record.case("rloo_rewards", "rollout", rloo_rewards, "scores old_logps ref_logps", {"beta": 0.05})
     for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
         record.case(f"sampler_{mode}", "sampler", sampler_correction, "", {"mode": mode, "high": 1.5})
         both = {"mode": mode, "low": 0.7 if mode.startswith("token") else 0.95, "high": 1.5}
