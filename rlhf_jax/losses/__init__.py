@@ -5,7 +5,7 @@ shapes with an error that names the argument. The reducers of `masking` reduce t
 `fixed_length_mean`. What is no loss returns its array alone: `bellman_targets`, `perturbed_logits`, `fisher_diagonal`.
 """
 
-from rlhf_jax.losses import offline, policy, regularizers, reward, supervised, value
+from rlhf_jax.losses import offline, policy, preference, regularizers, reward, supervised, unpaired, value
 from rlhf_jax.losses.offline import (
     bellman_targets,
     conservative,
@@ -25,6 +25,27 @@ from rlhf_jax.losses.policy import (
     trpo_surrogate,
     trust_region_penalty,
 )
+from rlhf_jax.losses.preference import (
+    alpha_po,
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    cpl,
+    cpo,
+    discopop,
+    dpo,
+    exo_pair,
+    f_dpo,
+    hinge,
+    ipo,
+    nca_pair,
+    orpo,
+    robust_dpo,
+    simpo,
+    sppo_hard,
+)
 from rlhf_jax.losses.regularizers import (
     elastic_weight_consolidation,
     entropy_bonus,
@@ -43,9 +64,18 @@ from rlhf_jax.losses.reward import (
     scalar_rating,
 )
 from rlhf_jax.losses.supervised import cross_entropy, weighted_cross_entropy
+from rlhf_jax.losses.unpaired import RewardShift, bco, kto, kto_kl_baseline
 from rlhf_jax.losses.value import clipped_value
 
 __all__ = [
+    "RewardShift",
+    "alpha_po",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco",
+    "bco_pair",
     "bellman_targets",
     "best_of_k",
     "bradley_terry",
@@ -53,34 +83,51 @@ __all__ = [
     "cispo",
     "clipped_value",
     "conservative",
+    "cpl",
+    "cpo",
     "cross_entropy",
+    "discopop",
+    "dpo",
     "elastic_weight_consolidation",
     "entropy_bonus",
+    "exo_pair",
     "expectile",
+    "f_dpo",
     "fisher_diagonal",
     "gmpo",
     "gspo",
     "gspo_token",
+    "hinge",
     "ilql",
+    "ipo",
     "k_wise",
+    "kto",
+    "kto_kl_baseline",
+    "nca_pair",
     "offline",
     "ordinal_rating",
+    "orpo",
     "outcome_bce",
     "p3o",
     "perturbed_logits",
     "plackett_luce",
     "policy",
     "ppo_clip",
+    "preference",
     "pretraining_mix",
     "process_bce",
     "q_regression",
     "regularizers",
     "reinforce",
     "reward",
+    "robust_dpo",
     "scalar_rating",
+    "simpo",
+    "sppo_hard",
     "supervised",
     "trpo_surrogate",
     "trust_region_penalty",
+    "unpaired",
     "value",
     "weighted_cross_entropy",
 ]
