@@ -46,9 +46,9 @@ def sorting(name):
     return ours
 
 
-def f_dpo(divergence, **scalars):
-    """DPO with another divergence than the reverse KL; α is TRL's default."""
-    return lambda x, p: losses.preference.f_dpo(*ratios(x), beta=p.beta, divergence=divergence, **scalars)[0]
+def f_dpo(divergence, alpha=lambda coef: 0.5):
+    """DPO with another divergence than the reverse KL; `alpha` makes the paper's α of TRL's coefficient."""
+    return lambda x, p: losses.preference.f_dpo(*ratios(x), beta=p.beta, divergence=divergence, alpha=alpha(p.alpha))[0]
 
 
 IPO = "divides each log-ratio by its completion's length; equal on mean log-ratios"
@@ -87,7 +87,14 @@ WITH_REFERENCE = (
     ),
     Oracle("losses.preference.f_dpo", "trl_1_16", "dpo_sigmoid_forward_kl", f_dpo("forward_kl")),
     Oracle("losses.preference.f_dpo", "trl_1_16", "dpo_sigmoid_js_divergence", f_dpo("js")),
-    Oracle("losses.preference.f_dpo", "trl_1_16", "dpo_sigmoid_alpha_divergence", f_dpo("alpha", alpha=0.5)),
+    Oracle(
+        "losses.preference.f_dpo",
+        "trl_1_16",
+        "dpo_sigmoid_alpha_divergence",
+        f_dpo("alpha", lambda coef: 1 - coef),
+        reading="names 1 − α what the paper names α",
+        otherwise=f_dpo("alpha", lambda coef: coef),
+    ),
 )
 
 WITHOUT_REFERENCE = (
@@ -103,6 +110,12 @@ WITHOUT_REFERENCE = (
     ),
     Oracle("losses.preference.orpo", "trl_1_16", "orpo_odds_ratio", paired("orpo", means)),
     Oracle("losses.preference.cpo", "trl_1_16", "cpo_sigmoid", paired("cpo", sums)),
+    Oracle(
+        "losses.preference.cpo",
+        "trl_1_16",
+        "cpo_sigmoid_smoothed",
+        paired("cpo", sums, label_smoothing="label_smoothing"),
+    ),
     Oracle("losses.preference.cpl", "trl_1_16", "cpo_sigmoid", paired("cpl", sums)),
 )
 

@@ -89,7 +89,7 @@ def record_dpo(record):
             record.case(f"dpo_{loss_type}_{smoothing}", "pairs", dpo_loss, PAIR, params)
     record.case("dpo_sft", "pairs", dpo_loss, "chosen_logps", {"loss_type": "sft"})
     for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
-        params = {"loss_type": "sigmoid", "beta": BETA, "divergence": divergence}
+        params = {"loss_type": "sigmoid", "beta": BETA, "divergence": divergence, "alpha": 0.3}
         with float64_throughout(dpo_trainer):
             record.case(f"dpo_sigmoid_{divergence}", "pairs", dpo_rows, PAIR, params)
 

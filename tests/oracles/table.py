@@ -26,7 +26,6 @@ ORACLES: tuple[Oracle, ...] = (
 
 IDENTITIES: dict[str, str] = {
     "advantages.remax": "tests/test_advantages.py::test_remax_is_what_a_sample_has_over_the_greedy_completion",
-    "advantages.require_group": "tests/test_advantages.py::test_a_group_of_one_has_no_baseline",
     "kl.FixedKL": "tests/test_kl.py::test_fixed_kl_stays",
     "logprobs.ratio_deviation": "tests/test_logprobs.py::test_ratio_deviation_is_the_largest_either_way",
     "losses.offline.perturbed_logits": (
@@ -54,13 +53,21 @@ MODULES = ("logprobs", "kl", "masking", "advantages", "importance", "normalizer"
 
 
 def public() -> set[str]:
-    """The public functions that the modules of layer 2 define, and the classes that hold a method of their own."""
+    """The public functions of layer 2, and its classes that hold an `update`, by the module that they are read from.
+
+    A function is public if it is `@typed`: what is not checks arguments or is shared among modules. What a module lists
+    in its `__all__` is its own, wherever it is defined.
+    """
     names = (*MODULES, *(f"losses.{module.name}" for module in pkgutil.iter_modules(losses.__path__)))
+    modules = {name: importlib.import_module(f"rlhf_jax.{name}") for name in names}
+    listed = {getattr(m, attribute): name for name, m in modules.items() for attribute in getattr(m, "__all__", ())}
     found = set()
-    for name in names:
-        module = importlib.import_module(f"rlhf_jax.{name}")
+    for name, module in modules.items():
         for attribute, value in vars(module).items():
-            is_ours = getattr(value, "__module__", "") == module.__name__ and not attribute.startswith("_")
-            if is_ours and (inspect.isfunction(value) or hasattr(value, "update")):
+            is_typed = inspect.isfunction(value) and hasattr(value, "__wrapped__")
+            is_state = inspect.isclass(value) and hasattr(value, "update")
+            if attribute.startswith("_") or not (is_typed or is_state):
+                continue
+            if listed.get(value, name if value.__module__ == module.__name__ else None) == name:
                 found.add(f"{name}.{attribute}")
     return found
