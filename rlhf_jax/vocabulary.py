@@ -300,7 +300,7 @@ def _over_positions(quantity, chunk, heads, tokens=None):
     lead = heads[0].hidden.shape[:-1]
     n = math.prod(lead)
     flat = tuple(h.replace(hidden=h.hidden.reshape(n, h.hidden.shape[-1])) for h in heads)
-    return _fold(quantity, chunk, flat, None if tokens is None else tokens.reshape(n)).reshape(lead)
+    return jnp.reshape(_fold(quantity, chunk, flat, None if tokens is None else tokens.reshape(n)), lead)
 
 
 token_logp = partial(_over_positions, _TokenLogp)
