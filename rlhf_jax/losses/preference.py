@@ -1,10 +1,10 @@
 """Losses of pairs of completions, with a reference policy: log-ratios in, one number a pair out.
 
-A log-ratio is log π(y|x) − log π_ref(y|x), the sum over a completion's tokens of `logps − ref_logps`; it is a mean over
-the tokens only where an argument's name says so. Δ = chosen_logratio − rejected_logratio, and β times a log-ratio is the
-implicit reward, in units of the score. Losses without a reference stand in `reference_free` and are names of this module
-too. Of TRL's loss types two have no function here: `sft` is `supervised.cross_entropy` of the chosen completion, and
-`sigmoid_norm` is `dpo` of mean log-ratios.
+A log-ratio is log π(y|x) − log π_ref(y|x), the sum over a completion's tokens of `logps − ref_logps`; it is a mean
+over the tokens only where an argument's name says so. Δ = chosen_logratio − rejected_logratio, and β times a log-ratio
+is the implicit reward, in units of the score. Losses without a reference stand in `reference_free` and are names of
+this module too. Of TRL's loss types two have no function here: `sft` is `supervised.cross_entropy` of the chosen
+completion, and `sigmoid_norm` is `dpo` of mean log-ratios.
 
 Shapes: *b any leading axes; a loss is one number a pair, and so is a diagnostic.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from rlhf_jax.losses.reference_free import alpha_po, cpl, cpo, logistic, orpo, reward_diagnostics, simpo
+from rlhf_jax.losses.reference_free import _logistic, _reward_diagnostics, alpha_po, cpl, cpo, orpo, simpo
 from rlhf_jax.numerics import as_float, exp_log_ratio, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
@@ -43,7 +43,7 @@ __all__ = [
 def _rewards(chosen: ArrayLike, rejected: ArrayLike, beta: Scalar) -> tuple[Array, Array]:
     """The implicit rewards β · log-ratio, in at least float32."""
     require("beta", beta, "(0, inf)")
-    return beta * as_float(chosen), beta * as_float(rejected)
+    return as_float(chosen) * beta, as_float(rejected) * beta
 
 
 @typed
@@ -66,7 +66,7 @@ def dpo(
     """
     require("label_smoothing", label_smoothing, "[0, 0.5)")
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
-    return logistic(chosen - rejected, label_smoothing), reward_diagnostics(chosen, rejected)
+    return _logistic(chosen - rejected, label_smoothing), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -88,8 +88,8 @@ def robust_dpo(
     require("label_smoothing", label_smoothing, "[0, 0.5)")
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     right, wrong = -log_sigmoid(chosen - rejected), -log_sigmoid(rejected - chosen)
-    loss = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    return loss, reward_diagnostics(chosen, rejected)
+    loss = (right * (1 - label_smoothing) - wrong * label_smoothing) / (1 - 2 * label_smoothing)
+    return loss, _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -104,7 +104,7 @@ def hinge(
     Array([0.7, 0. ], dtype=float32)
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
-    return jnp.maximum(1 - (chosen - rejected), 0), reward_diagnostics(chosen, rejected)
+    return jnp.maximum(1 - (chosen - rejected), 0), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -121,7 +121,7 @@ def ipo(
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     delta = as_float(chosen_logratio) - as_float(rejected_logratio)
-    return jnp.square(delta - 1 / (2 * beta)), reward_diagnostics(chosen, rejected)
+    return jnp.square(delta - 1 / (2 * beta)), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -145,7 +145,7 @@ def exo_pair(
     logit, eps = chosen - rejected, jnp.asarray(label_smoothing)
     for_chosen = sigmoid(logit) * (log_sigmoid(logit) - jnp.log1p(-eps))
     for_rejected = sigmoid(-logit) * (log_sigmoid(-logit) - jnp.log(eps))
-    return for_chosen + for_rejected, reward_diagnostics(chosen, rejected)
+    return for_chosen + for_rejected, _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -162,7 +162,7 @@ def nca_pair(
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     loss = -log_sigmoid(chosen) - (log_sigmoid(-chosen) + log_sigmoid(-rejected)) / 2
-    return loss, reward_diagnostics(chosen, rejected)
+    return loss, _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -178,7 +178,7 @@ def bco_pair(
     Array([1.3863], dtype=float32)
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
-    return -log_sigmoid(chosen) - log_sigmoid(-rejected), reward_diagnostics(chosen, rejected)
+    return -log_sigmoid(chosen) - log_sigmoid(-rejected), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -196,7 +196,7 @@ def sppo_hard(
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
     aim = 1 / (2 * beta)
     loss = jnp.square(as_float(chosen_logratio) - aim) + jnp.square(as_float(rejected_logratio) + aim)
-    return loss, reward_diagnostics(chosen, rejected)
+    return loss, _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -212,7 +212,7 @@ def apo_zero(
     Array([1.], dtype=float32)
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
-    return sigmoid(-chosen) + sigmoid(rejected), reward_diagnostics(chosen, rejected)
+    return sigmoid(-chosen) + sigmoid(rejected), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -228,7 +228,7 @@ def apo_down(
     Array([1.], dtype=float32)
     """
     chosen, rejected = _rewards(chosen_logratio, rejected_logratio, beta)
-    return sigmoid(chosen) + sigmoid(rejected - chosen), reward_diagnostics(chosen, rejected)
+    return sigmoid(chosen) + sigmoid(rejected - chosen), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -252,7 +252,7 @@ def discopop(
     logit = chosen - rejected
     share = sigmoid(logit / temperature)
     loss = -log_sigmoid(logit) * (1 - share) + exp_log_ratio(-logit) * share
-    return loss, reward_diagnostics(chosen, rejected)
+    return loss, _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -285,8 +285,8 @@ def f_dpo(
     }
     if divergence not in derivatives:
         raise ValueError(f"divergence must be one of {', '.join(derivatives)}, got {divergence!r}")
-    chosen, rejected = (beta * derivatives[divergence](as_float(u)) for u in (chosen_logratio, rejected_logratio))
-    return logistic(chosen - rejected, 0.0), reward_diagnostics(chosen, rejected)
+    chosen, rejected = (derivatives[divergence](as_float(u)) * beta for u in (chosen_logratio, rejected_logratio))
+    return _logistic(chosen - rejected, 0.0), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -301,9 +301,9 @@ def aot(
 ) -> tuple[Float[Array, "*b n"], dict[str, Float[Array, "*b n"]]]:
     """DPO's loss of sorted margins: the policy's i-th smallest against the reference's i-th smallest.
 
-    Melnyk et al. 2024 (AOT), eq. 5 on paired data. Sequence log-probabilities, sorted over the last axis: entry i of the
-    loss is of rank i in the batch, not of pair i. Diagnostics: `accuracy` and `margin` of the ranks. Raises ValueError
-    if beta ≤ 0 or label_smoothing is outside [0, ½).
+    Melnyk et al. 2024 (AOT), eq. 5 on paired data. Sequence log-probabilities, sorted over the last axis: entry i of
+    the loss is of rank i in the batch, not of pair i. Diagnostics: `accuracy` and `margin` of the ranks. Raises
+    ValueError if beta ≤ 0 or label_smoothing is outside [0, ½).
 
     >>> aot(*(jnp.array(x) for x in ([1.0, 3.0], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0])), beta=1.0)[0]
     Array([0.3133, 0.3133], dtype=float32)
@@ -336,5 +336,5 @@ def aot_unpaired(
 def _sorted_gap(larger: Array, smaller: Array, beta: Scalar, label_smoothing: Scalar) -> tuple[Array, dict[str, Array]]:
     require("beta", beta, "(0, inf)")
     require("label_smoothing", label_smoothing, "[0, 0.5)")
-    gap = beta * (jnp.sort(larger, axis=-1) - jnp.sort(smaller, axis=-1))
-    return logistic(gap, label_smoothing), {"accuracy": (1 + jnp.sign(gap)) / 2, "margin": gap}
+    gap = (jnp.sort(larger, axis=-1) - jnp.sort(smaller, axis=-1)) * beta
+    return _logistic(gap, label_smoothing), {"accuracy": (1 + jnp.sign(gap)) / 2, "margin": gap}

@@ -13,12 +13,12 @@ from rlhf_jax.types import ArrayLike, Scalar, typed
 _ALMOST_ONE = -1e-6  # a log-probability whose odds are still finite
 
 
-def logistic(logit: Array, label_smoothing: Scalar) -> Array:
+def _logistic(logit: Array, label_smoothing: Scalar) -> Array:
     """−(1 − ε) log σ(logit) − ε log σ(−logit): a logistic loss whose labels are wrong at a rate ε."""
     return -log_sigmoid(logit) * (1 - label_smoothing) - log_sigmoid(-logit) * label_smoothing
 
 
-def reward_diagnostics(chosen_reward: Array, rejected_reward: Array) -> dict[str, Array]:
+def _reward_diagnostics(chosen_reward: Array, rejected_reward: Array) -> dict[str, Array]:
     """What every loss of a pair tells: both implicit rewards, their margin, and whether it is positive."""
     margin = chosen_reward - rejected_reward
     return {
@@ -47,8 +47,8 @@ def simpo(
     """
     require("beta", beta, "(0, inf)")
     require("gamma", gamma, "[0, inf)")
-    chosen, rejected = beta * as_float(chosen_mean_logps), beta * as_float(rejected_mean_logps)
-    return logistic(chosen - rejected - gamma, 0.0), reward_diagnostics(chosen, rejected)
+    chosen, rejected = as_float(chosen_mean_logps) * beta, as_float(rejected_mean_logps) * beta
+    return _logistic(chosen - rejected - gamma, 0.0), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -73,12 +73,12 @@ def alpha_po(
 
     def reward(mean_logps: ArrayLike) -> Array:
         log_p = as_float(mean_logps)
-        power = jnp.clip(-alpha * log_p, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        power = jnp.clip(-log_p * alpha, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         is_limit = jnp.asarray(alpha) == 0
-        return beta * jnp.where(is_limit, log_p, -jnp.expm1(power) / jnp.where(is_limit, 1, alpha))
+        return jnp.where(is_limit, log_p, -jnp.expm1(power) / jnp.where(is_limit, 1, alpha)) * beta
 
     chosen, rejected = reward(chosen_mean_logps), reward(rejected_mean_logps)
-    return logistic(chosen - rejected - gamma, 0.0), reward_diagnostics(chosen, rejected)
+    return _logistic(chosen - rejected - gamma, 0.0), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -101,7 +101,7 @@ def orpo(
         return log_p - jnp.log(-jnp.expm1(log_p))
 
     ratio = log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps)
-    return beta * logistic(ratio, 0.0), {"log_odds_ratio": ratio, "accuracy": (1 + jnp.sign(ratio)) / 2}
+    return _logistic(ratio, 0.0) * beta, {"log_odds_ratio": ratio, "accuracy": (1 + jnp.sign(ratio)) / 2}
 
 
 @typed
@@ -122,8 +122,8 @@ def cpo(
     """
     require("beta", beta, "(0, inf)")
     require("label_smoothing", label_smoothing, "[0, 0.5)")
-    chosen, rejected = beta * as_float(chosen_logps), beta * as_float(rejected_logps)
-    return logistic(chosen - rejected, label_smoothing), reward_diagnostics(chosen, rejected)
+    chosen, rejected = as_float(chosen_logps) * beta, as_float(rejected_logps) * beta
+    return _logistic(chosen - rejected, label_smoothing), _reward_diagnostics(chosen, rejected)
 
 
 @typed
@@ -145,5 +145,5 @@ def cpl(
     """
     require("beta", beta, "(0, inf)")
     require("bias", bias, "(0, 1]")
-    chosen, rejected = beta * as_float(chosen_logps), beta * as_float(rejected_logps)
-    return logistic(chosen - bias * rejected, 0.0), reward_diagnostics(chosen, rejected)
+    chosen, rejected = as_float(chosen_logps) * beta, as_float(rejected_logps) * beta
+    return _logistic(chosen - rejected * bias, 0.0), _reward_diagnostics(chosen, rejected)

@@ -13,10 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.masking import keep
-from rlhf_jax.numerics import as_float, require
+from rlhf_jax.numerics import EXCLUDED, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
-
-EXCLUDED = -1e30  # a score that no softmax sees; −inf would make NaN of inf − inf in the gradient
 
 
 @typed

@@ -41,7 +41,7 @@ def kto(
     ratios = as_float(logratios)
     gain = jnp.where(desirable, 1, -1) * beta * (ratios - kl_baseline)
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
-    return weight * sigmoid(-gain), {"reward": beta * ratios}
+    return weight * sigmoid(-gain), {"reward": ratios * beta}
 
 
 @typed
@@ -74,7 +74,7 @@ def bco(
     Array([0.6931, 0.6931], dtype=float32)
     """
     require("beta", beta, "(0, inf)")
-    rewards = beta * as_float(logratios)
+    rewards = as_float(logratios) * beta
     return -log_sigmoid(jnp.where(desirable, 1, -1) * (rewards - delta)), {"reward": rewards}
 
 
