@@ -140,9 +140,9 @@ def test_heldout_prompts_are_of_other_reviews_even_when_they_run_out(context):
     prompts = review_prompts(numbered, context.tokenizer, **options, apart=10)
     sources = [int(context.tokenizer.decode(prompt).split()[0]) for prompt in prompts]
     assert len(sources) == 80 and len(set(sources[:10])) == 10
-    assert not set(sources[:10]) & set(sources[10:]) and len(set(sources[10:])) == 20
-    with pytest.raises(UserError, match="of 30 reviews, 30 of them apart, none has a space after 3 to 5 tokens"):
-        review_prompts(numbered, context.tokenizer, **options, apart=30)
+    assert not set(sources[:10]) & set(sources[10:]) and len(set(sources[10:])) > 3  # so these came again
+    with pytest.raises(UserError, match="of 30 reviews, 80 of them apart, none has a space after 3 to 5 tokens"):
+        review_prompts(numbered, context.tokenizer, **options, apart=80)
 
 
 def test_scores_that_are_all_the_same_are_not_normalised(context, monkeypatch):
