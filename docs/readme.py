@@ -33,6 +33,17 @@ ROWS = (
     ("minutes", "seconds", "{:.1f}"),
     ("peak memory, GB", "peak_memory_bytes", "{:.1f}"),
 )
+PROMISES = (  # what the README says of every seed
+    ("reward model on held-out pairs", lambda s: s["reward_model"]["accuracy"] >= 0.80),
+    ("reward model on unseen sentences", lambda s: s["reward_model"]["external_accuracy"] >= 0.77),
+    ("gold score", lambda s: s["ppo"]["gold_after"] - s["ppo"]["gold_before"] >= 0.30),
+    ("VADER", lambda s: s["ppo"]["vader_after"] - s["ppo"]["vader_before"] >= 0.2),
+    ("sequence KL", lambda s: s["ppo"]["seq_kl"] <= 16),
+    ("distinct-2", lambda s: s["ppo"]["distinct2_after"] >= 0.9 * s["ppo"]["distinct2_before"]),
+    ("length", lambda s: s["ppo"]["length_after"] >= 0.9 * s["ppo"]["length_before"]),
+    ("ratio", lambda s: s["ppo"]["ratio_deviation"] <= 1e-5),
+    ("memory", lambda s: s["peak_memory_bytes"] < 4e9),
+)
 UNITS = {"seconds": 60, "peak_memory_bytes": 1e9}
 
 
@@ -66,8 +77,18 @@ def samples(workdir: Path, count: int = 3) -> str:
     return "```\n" + "\n".join(parts) + "\n```"
 
 
+def check(workdir: Path) -> None:
+    """Exit where a run does not show what it is said to show."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    broken = [name for name, holds in PROMISES if not holds(summary)]
+    if broken:
+        sys.exit(f"{workdir}: not as promised: {', '.join(broken)}")
+
+
 def main(workdirs: list[Path]) -> None:
-    """Draw docs/quickstart.png and rewrite what stands between the markers."""
+    """Check the runs, draw docs/quickstart.png and rewrite what stands between the markers."""
+    for workdir in workdirs:
+        check(workdir)
     readme_figure(workdirs, ROOT / "docs" / "quickstart.png")
     title = "The first held-out prompts, with the gold score of what follows:"
     block = f"\n{table(workdirs)}\n\n{title}\n\n{samples(workdirs[0])}\n\n"

@@ -1,4 +1,4 @@
-"""From one score a sequence to one advantage a token: KL-penalised rewards, GAE, and baselines over a group.
+"""From one score a sequence to one advantage a token: KL-penalised rewards, GAE, and baselines without a critic.
 
 Shapes: *b any leading axes, t tokens, k completions of one prompt. Units: those of the score.
 """
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.masking import keep, last_index
+from rlhf_jax.masking import keep, last_index, whiten
 from rlhf_jax.numerics import as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
@@ -118,3 +118,38 @@ def leave_one_out(scores: Float[ArrayLike, "*b k"]) -> Float[Array, "*b k"]:
     """
     k = require_group(scores, more_than=1)
     return group_centered(scores) * (k / (k - 1))
+
+
+@typed
+def remax(scores: Float[ArrayLike, "*b"], greedy_scores: Float[ArrayLike, "*b"]) -> Float[Array, "*b"]:
+    """s(x, y) − s(x, ŷ): the baseline is the score of the prompt's greedy completion ŷ. Li et al. 2023 (ReMax).
+
+    `greedy_scores` are those of the same prompts, repeated for prompts that were sampled more than once.
+
+    >>> remax(jnp.array([1.0, 3.0]), jnp.array([2.0, 2.0]))
+    Array([-1.,  1.], dtype=float32)
+    """
+    return as_float(scores) - as_float(greedy_scores)
+
+
+@typed
+def reinforce_plus_plus(
+    rewards: Float[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"], *, gamma: Scalar = 1.0
+) -> Float[Array, "*b t"]:
+    """Rewards to go, whitened over all kept tokens of the batch at once; 0 outside the mask.
+
+        G_t = r_t + γ G_{t+1};   A_t = (G_t − μ) · rsqrt(σ² + 1e-8)
+
+    Hu et al. 2025 (REINFORCE++), section 3: `rewards` are those of `token_rewards` with k1, so that G_t = score −
+    kl_coef · Σ_{u ≥ t} k1_u at γ = 1. Their variant with a baseline has scores from `group_centered` in these rewards.
+    Mean and variance are the whole batch's: compute advantages before it is split. OpenRLHF clamps σ² at 1e-8 where we
+    add 1e-8. Raises ValueError if gamma is outside [0, 1].
+
+    >>> mask = jnp.array([[True, True], [True, False]])
+    >>> reinforce_plus_plus(jnp.array([[0.0, 1.0], [3.0, 9.0]]), mask).round(4)
+    Array([[-0.7071, -0.7071],
+           [ 1.4142,  0.    ]], dtype=float32)
+    """
+    no_values = jnp.zeros_like(as_float(rewards))
+    returns_to_go, _ = gae(rewards, no_values, mask, gamma=gamma, lam=1.0)
+    return whiten(returns_to_go, mask)

@@ -56,6 +56,10 @@ def validate(experiment: Experiment, devices: int) -> None:
     """Raise UserError, one line that names the field, for what cannot run on so many devices; nothing is compiled."""
     for problem in ill_typed(experiment):
         raise UserError(problem)
+    if experiment.seed < 0:
+        raise UserError(f"seed must be at least 0, got {experiment.seed}")
+    if experiment.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb: not installed; pip install 'rlhf_jax[wandb]', or leave it False")
     if not experiment.stages:
         raise UserError("stages is empty: an experiment has at least one stage")
     names = list(experiment.stages)

@@ -4,16 +4,19 @@ The estimators are those of Schulman 2020, "Approximating KL divergence", for KL
 nats a token. In the reward only `k1` yields the gradient of the KL. As a loss, k1's expected gradient is 0, k2's is
 that of KL(π‖π_ref), and k3's is that of the forward KL(π_ref‖π).
 
-Shapes: *b any leading axes (tokens among them), v vocabulary.
+Shapes: *b any leading axes (tokens among them), d and e widths of hidden states, v vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from rlhf_jax import vocabulary
+from rlhf_jax.masking import keep
 from rlhf_jax.numerics import LOG_RATIO_LIMIT, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
@@ -66,6 +69,45 @@ def exact(logits: Float[ArrayLike, "*b v"], ref_logits: Float[ArrayLike, "*b v"]
     log_q = jax.nn.log_softmax(as_float(ref_logits), axis=-1)
     p = jnp.exp(log_p)
     return jnp.maximum(jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1), 0)  # as in k3
+
+
+@typed
+def exact_from_hidden(
+    hidden: Float[ArrayLike, "*b d"],
+    unembedding: Float[ArrayLike, "d v"] | Float[ArrayLike, "v d"],
+    ref_hidden: Float[ArrayLike, "*b e"],
+    ref_unembedding: Float[ArrayLike, "e v"] | Float[ArrayLike, "v e"],
+    *,
+    chunk: int = vocabulary.CHUNK,
+    temperature: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    tied: bool = False,
+) -> Float[Array, "*b"]:
+    """`exact` of the logits that two models' hidden states give, which are never held; never negative.
+
+    `temperature`, `softcap` and `tied` apply to both models, whose widths may differ. There are gradients by both.
+    Arguments and what raises are those of `logprobs.from_hidden`.
+
+    >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
+    >>> exact_from_hidden(jnp.ones((1, 1)), p, jnp.ones((1, 1)), q, chunk=1)
+    Array([0.1438], dtype=float32)
+    """
+    of_both = partial(vocabulary.head, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
+    heads = of_both(hidden, unembedding), of_both(ref_hidden, ref_unembedding)
+    return vocabulary.exact_kl(chunk, heads)
+
+
+@typed
+def sequence_kl(kl: Float[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"]) -> Float[Array, "*b"]:
+    """Σ_t of what `k1`, `k2`, `k3` or `exact` gave for each kept token: the divergence of whole sequences, in nats.
+
+    The chain rule: where tokens are sampled from π, each after its prefix, k1's and k3's sums and that of the exact
+    divergences are unbiased for KL(π‖π_ref) of sequences. 0 for a row that keeps nothing.
+
+    >>> sequence_kl(jnp.array([0.5, -0.2, 9.0]), jnp.array([True, True, False]))
+    Array(0.3, dtype=float32)
+    """
+    return keep(kl, mask).sum(-1)
 
 
 @flax.struct.dataclass

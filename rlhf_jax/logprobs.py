@@ -1,12 +1,15 @@
 """Log-probabilities of tokens. The shift between logits and tokens lives in `next_token_logps` and nowhere else.
 
-Shapes: *b any leading axes, t tokens, v vocabulary. Units: nats.
+What ends in `from_hidden` takes hidden states instead of logits and never holds `[*b, v]`; `vocabulary` says how.
+
+Shapes: *b any leading axes, t tokens, d width of a hidden state, v vocabulary. Units: nats.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import vocabulary
 from rlhf_jax.masking import keep
 from rlhf_jax.numerics import LOG_RATIO_LIMIT, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
@@ -59,6 +62,58 @@ def entropy(logits: Float[ArrayLike, "*b v"], *, temperature: Scalar = 1.0) -> F
     total = weights.sum(-1)
     # Both terms are ≥ 0, so no rounding can make the sum negative: log total ≥ log 1, and below_max ≤ 0.
     return jnp.log(total) - jnp.sum(weights * jnp.where(weights > 0, below_max, 0), axis=-1) / total
+
+
+@typed
+def from_hidden(
+    hidden: Float[ArrayLike, "*b d"],
+    unembedding: Float[ArrayLike, "d v"] | Float[ArrayLike, "v d"],
+    tokens: Int[ArrayLike, "*b"],
+    *,
+    chunk: int = vocabulary.CHUNK,
+    temperature: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    tied: bool = False,
+) -> Float[Array, "*b"]:
+    """`token_logps` of the logits that hidden states give, which are never held: log softmax(z / temperature)[token].
+
+        z = hidden · unembedding,   or softcap · tanh(hidden · unembedding / softcap)
+
+    The vocabulary is read `chunk` entries at a time, forwards and again backwards; it need not divide v. With `tied`,
+    `unembedding` is a table of embeddings, `[v, d]`. In half precision the products take the dtype of `hidden` and add
+    up in float32. There are gradients by `hidden`, `unembedding`, `temperature` and `softcap`, in reverse mode only.
+
+    As with `token_logps`, a state stands beside the token that it predicts. Raises ValueError if chunk < 1,
+    temperature ≤ 0, softcap ≤ 0 or the unembedding lies the other way. Token ids are not checked: one outside [0, v)
+    gives NaN.
+
+    >>> hidden, unembedding = jnp.array([[1.0]]), jnp.log(jnp.array([[0.25, 0.75]]))
+    >>> from_hidden(hidden, unembedding, jnp.array([1]), chunk=1)
+    Array([-0.2877], dtype=float32)
+    """
+    head = vocabulary.head(hidden, unembedding, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
+    return vocabulary.token_logp(chunk, (head,), jnp.asarray(tokens))
+
+
+@typed
+def entropy_from_hidden(
+    hidden: Float[ArrayLike, "*b d"],
+    unembedding: Float[ArrayLike, "d v"] | Float[ArrayLike, "v d"],
+    *,
+    chunk: int = vocabulary.CHUNK,
+    temperature: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    tied: bool = False,
+) -> Float[Array, "*b"]:
+    """`entropy` of the logits that hidden states give, which are never held: −Σ p log p, in [0, log v].
+
+    Arguments, gradients and what raises are those of `from_hidden`.
+
+    >>> entropy_from_hidden(jnp.ones((1, 2)), jnp.zeros((2, 4)), chunk=3)
+    Array([1.3863], dtype=float32)
+    """
+    head = vocabulary.head(hidden, unembedding, chunk=chunk, temperature=temperature, softcap=softcap, tied=tied)
+    return vocabulary.entropy(chunk, (head,))
 
 
 @typed

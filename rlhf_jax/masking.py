@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.numerics import as_float
-from rlhf_jax.types import ArrayLike, Mean, typed
+from rlhf_jax.numerics import as_float, require
+from rlhf_jax.types import ArrayLike, Mean, Scalar, typed
 
 VARIANCE_EPS = 1e-8
 
@@ -43,6 +43,24 @@ def sequence_mean(x: Float[ArrayLike, "*b t"] | Bool[ArrayLike, "*b t"], mask: B
     x = keep(as_float(x), mask)
     lengths = jnp.sum(mask, axis=-1, dtype=x.dtype)
     return Mean(jnp.sum(x.sum(-1) / jnp.maximum(lengths, 1)), jnp.sum(lengths > 0, dtype=x.dtype))
+
+
+@typed
+def fixed_length_mean(
+    x: Float[ArrayLike, "*b t"] | Bool[ArrayLike, "*b t"], mask: Bool[ArrayLike, "*b t"], *, length: Scalar
+) -> Mean:
+    """Each sequence's sum over its kept tokens divided by one constant, then the mean over the sequences that keep any.
+
+    Liu et al. 2025 (Dr. GRPO), section 3.2: divided by its own length, as in `sequence_mean`, a long wrong answer costs
+    less a token than a short one. `length` is the most tokens that a completion may have, or any constant. TRL's
+    `dr_grpo` counts the sequences that keep nothing as well. Raises ValueError if length ≤ 0.
+
+    >>> fixed_length_mean(jnp.array([[1.0, 3.0], [8.0, 9.0]]), jnp.array([[True, True], [True, False]]), length=4).value
+    Array(1.5, dtype=float32)
+    """
+    require("length", length, "(0, inf)")
+    x = keep(as_float(x), mask)
+    return Mean(jnp.sum(x.sum(-1) / length), jnp.sum(jnp.any(mask, axis=-1), dtype=x.dtype))
 
 
 REDUCERS = {"token": token_mean, "sequence": sequence_mean}

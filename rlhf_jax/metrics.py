@@ -7,7 +7,6 @@ A number that is not finite is left out, since JSON has no word for it: to a rea
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 import uuid
@@ -22,6 +21,7 @@ from rich.progress import Progress as RichProgress
 from tensorboardX import SummaryWriter
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_whole
 
 RESERVED = ("stage", "step", "seconds")
 
@@ -55,13 +55,7 @@ def _keep_before(path: Path, stage: str, resume_step: int) -> float:
         return 0.0
     rows = read_jsonl(path)
     kept = [row for row in rows if row["stage"] != stage or row["step"] < resume_step]
-    # A temporary file and a rename: a second kill in the middle leaves either the old file or the new one.
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     return max((row["seconds"] for row in kept if row["stage"] == stage), default=0.0)
 
 

@@ -9,6 +9,9 @@ from rlhf_jax.types import ArrayLike, Scalar, typed
 LOG_RATIO_LIMIT = 20.0
 """exp(±20) = 4.9e8 and 2.1e-9: beyond any ratio that is worth telling apart, and far inside float32."""
 
+EXCLUDED = -1e30
+"""A score or a logit that no softmax sees; −inf would make NaN of inf − inf in the gradient."""
+
 
 @typed
 def as_float(x: Float[ArrayLike, "*s"] | Int[ArrayLike, "*s"] | Bool[ArrayLike, "*s"]) -> Float[Array, "*s"]:
@@ -32,7 +35,9 @@ def exp_log_ratio(log_ratio: Float[ArrayLike, "*s"]) -> Float[Array, "*s"]:
 
 
 def require(name: str, value: Scalar | None, interval: str) -> None:
-    """Raise ValueError unless `value` lies in `interval`, such as "(0, 1]". Tracers and None pass unseen.
+    """Raise ValueError unless `value` lies in `interval`, such as "(0, 1]"; TypeError where it is no number.
+
+    Tracers and None pass unseen.
 
     >>> require("beta", -0.1, "(0, inf)")
     Traceback (most recent call last):
@@ -40,7 +45,10 @@ def require(name: str, value: Scalar | None, interval: str) -> None:
     """
     if value is None or isinstance(value, Tracer):
         return
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = low <= number if interval[0] == "[" else low < number
     below = number <= high if interval[-1] == "]" else number < high

@@ -7,6 +7,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from rlhf_jax.numerics import require
+
 # Which axes of a stacked [layer, ...] parameter are the rows and columns of its matrix; all else is AdamW's.
 _MATRICES = {
     "query": MuonDimensionNumbers(1, (2, 3)),
@@ -30,7 +32,7 @@ class Optimizer:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay from the peak to `final_share` of it over the stage."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up, the first at 1/(warmup_steps + 1) of the peak."""
     final_share: float = 0.0
     """Share of the peak learning rate that is left after the last step."""
     b1: float = 0.9
@@ -47,12 +49,12 @@ class Optimizer:
     """With muon: AdamW's learning rate as a share of `learning_rate`."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
-        if not self.clip_norm > 0:
-            raise ValueError(f"optimizer.clip_norm must be > 0, got {self.clip_norm}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
+        for name, interval in (
+            ("warmup_steps", "[0, inf)"), ("final_share", "[0, 1]"), ("b1", "[0, 1)"), ("b2", "[0, 1)"),
+            ("eps", "(0, inf)"), ("weight_decay", "[0, inf)"), ("clip_norm", "(0, inf)"), ("adam_share", "(0, inf)"),
+            ("learning_rate", "(0, inf)"),
+        ):  # fmt: skip
+            require(f"optimizer.{name}", vars(self)[name], interval)
 
     def share(self, total_steps: int) -> optax.Schedule:
         """The schedule, as a share of the peak."""

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from rlhf_jax.algorithms.context import Context
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Experiment, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
+from rlhf_jax.files import write_whole
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Params
 
@@ -48,7 +50,7 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
     Raises UserError before anything is written where the experiment cannot run or the workdir belongs to another one.
     """
     began = time.monotonic() if began is None else began
-    _check(experiment)
+    _check(experiment, workdir)
     config = to_dict(experiment)
     _check_workdir(workdir, config)
     try:
@@ -101,8 +103,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _check(experiment: Experiment) -> None:
-    """All that can be wrong before anything is compiled or written."""
+def _check(experiment: Experiment, workdir: Path) -> None:
+    """All that can be wrong before anything is compiled or written, but for what stands in the workdir."""
     validate(experiment, start_backend(experiment.mesh))
     for name, stage in experiment.stages.items():
         if type(stage) not in STAGES:
@@ -111,6 +113,18 @@ def _check(experiment: Experiment) -> None:
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
     sharding.shardings(sharding.make_mesh(experiment.mesh), boxed)
+    _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(boxed)), experiment)
+
+
+def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:
+    """Raise UserError unless the disk has room for each stage's parameters and for a checkpoint, moments included."""
+    folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
+    needed, free = params_bytes * (len(experiment.stages) + 3), shutil.disk_usage(folder).free
+    if free < needed and not _is_complete(workdir, experiment):
+        raise UserError(
+            f"--workdir {workdir}: no disk space: the run needs at least {needed / 1e6:.0f} MB, "
+            f"{free / 1e6:.0f} MB are free"
+        )
 
 
 def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
@@ -196,7 +210,9 @@ def _session(workdir: Path, began: float) -> Iterator[None]:
         yield
     finally:
         seconds = round(before["seconds"] + time.monotonic() - began, 1)
-        _write_json(path, {"seconds": seconds, "peak_memory_bytes": max(_peak_memory(), before["peak_memory_bytes"])})
+        if workdir.is_dir():  # not, where somebody removed it under the run
+            peak = max(_peak_memory(), before["peak_memory_bytes"])
+            _write_json(path, {"seconds": seconds, "peak_memory_bytes": peak})
 
 
 def _peak_memory() -> int:
@@ -216,15 +232,22 @@ def _provenance(command: list[str]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the code runs from, or is used in; "+" after it where files differ from it."""
-    for folder in (Path(__file__).parent, Path.cwd() / "rlhf_jax"):
+    """The commit of the checkout that the package is run or was installed from; "+" after it where files differ.
+
+    An installed package is of the checkout in the current folder if all its sources are the same.
+    """
+    here = Path(__file__).parent
+    for folder in (here, Path.cwd() / here.name):
         try:
-            if _git(folder, "ls-files", "__init__.py"):  # else a checkout of something else, or none
-                changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-                return _git(folder, "rev-parse", "HEAD") + ("+" if changed else "")
+            if _sources(folder) == _sources(here) and _git(folder, "ls-files", "__init__.py"):
+                return _git(folder, "rev-parse", "HEAD") + ("+" if _git(folder, "status", "--porcelain", ".") else "")
         except (OSError, subprocess.SubprocessError):
             continue
     return None
+
+
+def _sources(package: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
 
 
 def _git(folder: Path, *args: str) -> str:
@@ -244,8 +267,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

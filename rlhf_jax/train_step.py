@@ -52,7 +52,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, base: Params = _NO_BASE) -> tuple[TrainState, Metrics]:
         grads, loss, means = accumulate(state, batch, base)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1), grads)
+        grads = jax.tree.map(lambda g: Mean(g, loss.count).value, grads)
         opt_state = with_learning_rate(state.opt_state, state.hyper)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -45,8 +45,9 @@ class Mean:
 
     @property
     def value(self) -> Array:
-        """The mean, total / count; 0 when nothing was counted."""
-        return self.total / jnp.maximum(self.count, 1)
+        """The mean, total / count; 0 when nothing was counted. The count need not be whole: weights add up too."""
+        counted = self.count > 0
+        return jnp.where(counted, self.total / jnp.where(counted, self.count, 1), 0)
 
 
 @flax.struct.dataclass

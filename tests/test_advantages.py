@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.advantages import gae, group_centered, group_normalized, leave_one_out, token_rewards
+from rlhf_jax.advantages import (
+    gae,
+    group_centered,
+    group_normalized,
+    leave_one_out,
+    reinforce_plus_plus,
+    remax,
+    token_rewards,
+)
 from tests.properties import Case, Properties, mask_of, normal
 
 RNG = np.random.default_rng(0)
@@ -23,6 +31,8 @@ class TestProperties(Properties):
         Case(group_normalized, normal("scores"), {"eps": 1e-4}, {"ddof": 1}, aligned=False),
         Case(group_normalized, normal("scores"), {"eps": 1e-2}, {"ddof": 0}, aligned=False, label="-biased"),
         Case(leave_one_out, normal("scores"), aligned=False),
+        Case(remax, normal("scores", "greedy_scores")),
+        Case(reinforce_plus_plus, normal("rewards", mask=mask_of()), {"gamma": 0.9}, rowwise=False),
     )
 
 
@@ -46,6 +56,25 @@ def test_gae_is_its_definition_on_the_kept_tokens(gamma, lam):
         np.testing.assert_allclose(advantages[row, kept], expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(returns[row, kept], expected + values[row, kept], rtol=1e-4, atol=1e-5)
         assert not advantages[row, ~kept].any() and not returns[row, ~kept].any()
+
+
+def gae_by_associative_scan(rewards, values, gamma, lam):
+    """A_t = δ_t + γλ A_{t+1} as a product of affine maps, for rows without holes."""
+    after = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    deltas = rewards + gamma * after - values
+    decays = jnp.full_like(deltas, gamma * lam)
+
+    def compose(later, earlier):
+        return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
+
+    return jax.lax.associative_scan(compose, (decays, deltas), reverse=True, axis=1)[1]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.5, 0.0)])
+def test_gae_is_an_associative_scan(gamma, lam):
+    rewards, values = RNG.normal(size=(2, 4, 33)).astype(np.float32)
+    advantages = gae(rewards, values, np.ones(rewards.shape, bool), gamma=gamma, lam=lam)[0]
+    np.testing.assert_allclose(advantages, gae_by_associative_scan(rewards, values, gamma, lam), rtol=1e-4, atol=1e-5)
 
 
 def test_gae_by_hand():
@@ -144,3 +173,31 @@ def test_a_group_of_one_has_no_baseline():
     assert not group_normalized(one, ddof=0).any() and not group_centered(one).any()
     with pytest.raises(ValueError, match="eps"):
         group_normalized(np.ones(3, np.float32), eps=-1.0)
+
+
+def test_remax_is_what_a_sample_has_over_the_greedy_completion():
+    scores = RNG.normal(size=(3, 2)).astype(np.float32)
+    greedy = RNG.normal(size=3).astype(np.float32)[:, None].repeat(2, 1)
+    np.testing.assert_array_equal(remax(scores, greedy), scores - greedy)
+    assert not remax(scores, scores).any()
+
+
+def test_reinforce_plus_plus_whitens_rewards_to_go_over_the_whole_batch():
+    scores, kl = RNG.normal(size=6), RNG.normal(size=(6, 5))
+    mask = np.arange(5) < np.array([5, 3, 1, 4, 2, 5])[:, None]
+    rewards = token_rewards(np.float32(scores), np.float32(kl), mask, kl_coef=0.3)
+    advantages = reinforce_plus_plus(rewards, mask)
+    to_go = scores[:, None] - 0.3 * np.cumsum((kl * mask)[:, ::-1], 1)[:, ::-1]  # score − β Σ_{u ≥ t} KL_u
+    kept = to_go[mask]
+    np.testing.assert_allclose(advantages[mask], (kept - kept.mean()) / kept.std(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose((advantages[mask].mean(), advantages[mask].std()), (0, 1), atol=1e-5)
+    assert not advantages[~mask].any()
+
+
+def test_reinforce_plus_plus_discounts():
+    even = reinforce_plus_plus(np.float32([1, 2]), np.ones(2, bool), gamma=0.5)  # returns 1 + ½ · 2 and 2
+    assert not even.any()
+    uneven = reinforce_plus_plus(np.float32([4, 2]), np.ones(2, bool), gamma=0.5)  # 5 and 2
+    np.testing.assert_allclose(uneven, [1, -1], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"gamma must lie in .*, got 2"):
+        reinforce_plus_plus(np.float32([1, 2]), np.ones(2, bool), gamma=2.0)

@@ -7,7 +7,10 @@ import pytest
 
 from rlhf_jax import kl
 from rlhf_jax.kl import AdaptiveKL, FixedKL
-from tests.properties import Case, Properties, normal
+from tests.properties import Case, Properties, mask_of, normal
+
+# Shared by all rows, and exact in half precision. Their own gradients are in test_from_hidden.py.
+UNEMBEDDINGS = np.random.default_rng(0).integers(-4, 5, (2, 3, 6)).astype(np.float32) / 4
 
 
 class TestProperties(Properties):
@@ -16,6 +19,13 @@ class TestProperties(Properties):
         Case(kl.k2, normal("logps", "ref_logps")),
         Case(kl.k3, normal("logps", "ref_logps")),
         Case(kl.exact, normal("logits", "ref_logits", shape=(5, 6))),
+        Case(kl.sequence_kl, normal("kl", mask=mask_of())),
+        Case(
+            kl.exact_from_hidden,
+            normal("hidden", "ref_hidden", shape=(5, 3)),
+            {"temperature": 0.7, "softcap": 3.0},
+            {"unembedding": UNEMBEDDINGS[0], "ref_unembedding": UNEMBEDDINGS[1], "chunk": 4},
+        ),
     )
 
 
@@ -61,6 +71,42 @@ def test_k1_in_the_reward_gives_the_gradient_of_the_kl():
 
     reverse = jax.grad(lambda x: kl.exact(x, REF_LOGITS))(LOGITS)
     np.testing.assert_allclose(jax.grad(score_function_surrogate)(LOGITS), reverse, atol=1e-6)
+
+
+def test_the_gradient_of_the_exact_sum_is_the_enumerated_one():
+    """By the policy's logits p (log p/q − KL), by the reference's q − p."""
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (LOGITS.astype(np.float64), REF_LOGITS.astype(np.float64)))
+    divergence = np.sum(p * np.log(p / q))
+    of_policy, of_reference = jax.grad(kl.exact, argnums=(0, 1))(LOGITS, REF_LOGITS)
+    np.testing.assert_allclose(of_policy, p * (np.log(p / q) - divergence), atol=1e-6)
+    np.testing.assert_allclose(of_reference, q - p, atol=1e-6)
+    at_the_reference = jax.grad(kl.exact)(LOGITS, LOGITS)
+    np.testing.assert_allclose(at_the_reference, 0, atol=1e-7)
+
+
+def test_divergences_of_tokens_add_up_to_that_of_sequences():
+    """Enumerated over all sequences of two tokens, the second's distribution depending on the first."""
+    first, ref_first = (jax.nn.log_softmax(x) for x in RNG.normal(size=(2, 3)).astype(np.float32))
+    second, ref_second = (jax.nn.log_softmax(x) for x in RNG.normal(size=(2, 3, 3)).astype(np.float32))
+    logps, ref_logps = (
+        np.stack([np.repeat(one, 3), np.ravel(two)], -1) for one, two in ((first, second), (ref_first, ref_second))
+    )
+    probability, mask = np.exp(logps.sum(1)), np.ones((9, 2), bool)
+    exact = np.sum(probability * (logps - ref_logps).sum(1))
+    for estimator in (kl.k1, kl.k3):
+        sums = kl.sequence_kl(estimator(logps, ref_logps), mask)
+        np.testing.assert_allclose(np.sum(probability * sums), exact, rtol=1e-5)
+    of_states = np.stack([np.broadcast_to(kl.exact(first, ref_first), 3), kl.exact(second, ref_second)], -1)
+    sums = kl.sequence_kl(np.repeat(of_states, 3, 0), mask)
+    np.testing.assert_allclose(np.sum(probability * sums), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_finite_at_any_logits_and_log_ratios(dtype):
+    far = jnp.asarray([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]], dtype)
+    for fn in (kl.exact, kl.k2, kl.k3):
+        value = jax.value_and_grad(lambda x, f=fn: f(x, -x).sum())(far)
+        assert all(np.isfinite(np.float32(x)).all() for x in value)
 
 
 def test_what_cannot_be_negative_never_is():

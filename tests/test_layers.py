@@ -15,8 +15,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = (
-    ("types", "errors", "cache", "numerics", "masking"),
-    ("logprobs", "kl", "advantages", "losses"),
+    ("types", "errors", "files", "cache", "numerics", "masking"),
+    ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
     ("models", "interop", "sharding", "sampling", "rewards", "data"),
     ("optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
@@ -24,7 +24,7 @@ LAYERS = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 LOSSES = tuple(f"losses.{path.stem}" for path in sorted((ROOT / "losses").glob("[a-z]*.py")))
-LAYER_2 = ("logprobs", "kl", "advantages", *LOSSES)
+LAYER_2 = ("logprobs", "kl", "advantages", "importance", "normalizer", *LOSSES)
 
 
 def part(module: str) -> str:

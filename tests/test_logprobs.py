@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.logprobs import entropy, next_token_logps, ratio_deviation, sequence_logps, token_logps
+from rlhf_jax.logprobs import (
+    entropy,
+    entropy_from_hidden,
+    from_hidden,
+    next_token_logps,
+    ratio_deviation,
+    sequence_logps,
+    token_logps,
+)
 from tests.properties import Case, Properties, mask_of, normal
 
 
@@ -13,11 +21,18 @@ def tokens(rng, lead):
     return rng.integers(0, 6, (*lead, 5))
 
 
+# Shared by all rows, and exact in half precision. Its own gradients are in test_from_hidden.py.
+UNEMBEDDING = np.random.default_rng(0).integers(-4, 5, (3, 6)).astype(np.float32) / 4
+HEAD = {"scalars": {"temperature": 0.7, "softcap": 3.0}, "static": {"unembedding": UNEMBEDDING, "chunk": 4}}
+
+
 class TestProperties(Properties):
     cases = (
         Case(token_logps, normal("logits", shape=(5, 6), tokens=tokens), scalars={"temperature": 0.7}),
         Case(next_token_logps, normal("logits", shape=(5, 6), tokens=tokens), {"temperature": 0.7}, aligned=False),
         Case(entropy, normal("logits", shape=(5, 6)), scalars={"temperature": 0.7}),
+        Case(from_hidden, normal("hidden", shape=(5, 3), tokens=tokens), **HEAD),
+        Case(entropy_from_hidden, normal("hidden", shape=(5, 3)), **HEAD),
         Case(sequence_logps, normal("logps", mask=mask_of())),
         Case(ratio_deviation, normal("logps", "old_logps"), rowwise=False, aligned=False),
     )

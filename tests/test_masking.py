@@ -5,6 +5,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from rlhf_jax.masking import (
+    fixed_length_mean,
     keep,
     last_index,
     masked_mean,
@@ -25,6 +26,7 @@ class TestProperties(Properties):
         Case(keep, normal("x", mask=mask_of())),
         Case(token_mean, normal("x", mask=mask_of()), rowwise=False),
         Case(sequence_mean, normal("x", mask=mask_of()), rowwise=False),
+        Case(fixed_length_mean, normal("x", mask=mask_of()), {"length": 7.0}, rowwise=False),
         Case(masked_mean, normal("x", mask=mask_of()), rowwise=False),
         Case(masked_var, normal("x", mask=mask_of()), rowwise=False),
         Case(whiten, normal("x", mask=mask_of()), rowwise=False),
@@ -43,8 +45,23 @@ def test_sequence_mean_does_not_count_a_row_that_keeps_nothing():
     assert (sequence_mean(X, mask).value, sequence_mean(X, mask).count) == (2.0, 1.0)
 
 
+def test_fixed_length_mean_divides_every_sequence_by_the_same_length():
+    reduced = fixed_length_mean(X, MASK, length=4)
+    assert (reduced.total, reduced.count, reduced.value) == (1.0 + 2.0, 2.0, 1.5)
+    without = fixed_length_mean(X, MASK & np.array([[True], [False]]), length=4)
+    assert (without.value, without.count) == (1.0, 1.0)
+    full = np.ones((2, 3), bool)
+    np.testing.assert_allclose(fixed_length_mean(X, full, length=3).value, sequence_mean(X, full).value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, -1.0])
+def test_a_length_must_be_positive(length):
+    with pytest.raises(ValueError, match=f"length must lie in .*, got {length:g}"):
+        fixed_length_mean(X, MASK, length=length)
+
+
 def test_parts_of_a_batch_add_up_to_the_whole():
-    for reduce in (token_mean, sequence_mean):
+    for reduce in (token_mean, sequence_mean, lambda x, mask: fixed_length_mean(x, mask, length=4)):
         parts = reduce(X[:1], MASK[:1]) + reduce(X[1:], MASK[1:])
         assert parts.value == reduce(X, MASK).value
 

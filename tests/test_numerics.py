@@ -44,6 +44,12 @@ def test_require_knows_open_and_closed_ends(interval, inside, outside):
             require("x", jnp.float32(value), interval)
 
 
+@pytest.mark.parametrize("value", ["x", (1, 2), [0.5]])
+def test_require_says_what_is_no_number(value):
+    with pytest.raises(TypeError, match="beta: expected a number, got"):
+        require("beta", value, "(0, 1)")
+
+
 def test_require_lets_tracers_and_none_pass():
     assert require("x", None, "(0, 1)") is None
     assert jax.jit(lambda x: require("x", x, "(0, 1)") or x)(5.0) == 5  # outside, and nobody could know

@@ -162,7 +162,21 @@ def test_epsilon_is_heard_by_both_kinds():
         assert np.abs(large).max() < 0.01 * np.abs(small).max()
 
 
-@pytest.mark.parametrize("field", [{"learning_rate": 0.0}, {"clip_norm": 0.0}, {"warmup_steps": -1}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"clip_norm": 0.0},
+        {"warmup_steps": -1},
+        {"b1": 1.0},
+        {"b2": 2.0},
+        {"eps": -1.0},
+        {"final_share": -3.0},
+        {"weight_decay": float("nan")},
+        {"adam_share": 0.0},
+    ],
+)
 def test_fields_that_make_no_sense_are_refused_by_name(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Optimizer(**field)

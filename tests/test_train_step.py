@@ -95,6 +95,22 @@ def test_each_step_and_each_microbatch_draws_its_own_numbers():
     assert len(set(draws)) == 4
 
 
+def test_a_count_below_one_divides_like_any_other():
+    """Small weights on all leave the weighted mean, and so the step, as it is."""
+    data = batch()
+
+    def weighted(scale):
+        def loss_fn(*args):
+            loss, metrics = regression(token_mean)(*args)
+            return Mean(loss.total * scale, loss.count * scale), metrics
+
+        return make_train_step(loss_fn, SGD, num_microbatches=2)(fresh(), data)
+
+    whole, small = weighted(1.0), weighted(1e-3)
+    assert_close(small[0].params, whole[0].params)
+    assert_close(small[1]["loss"], whole[1]["loss"])
+
+
 def test_a_batch_that_keeps_nothing_moves_nothing():
     data = batch() | {"mask": np.zeros((8, 6), bool)}
     for n in (1, 4):

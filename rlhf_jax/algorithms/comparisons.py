@@ -13,14 +13,12 @@ from rlhf_jax.data.formats import Pair, hold_out, read_pairs
 from rlhf_jax.data.preferences import Annotators, PreferenceGroup, from_pair
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.text import fitted, sentence_starts
+from rlhf_jax.data.text import CHARACTERS_A_TOKEN, fitted, sentence_starts
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.metrics import Progress
 from rlhf_jax.numerics import require
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.sampling import Sample, Sampler, Sampling
-
-_CHARACTERS_A_TOKEN = 16  # at least, in running text: bounds what is encoded of a long review
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,8 @@ class PairsFile:
     """Most tokens of such a completion."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "samples", "completion_tokens")
+        check_positive(self, "completion_tokens")
+        require("pairs.samples", self.samples, "[2, inf)")
         require("pairs.heldout_share", self.heldout_share, "(0, 1)")
 
 
@@ -111,6 +110,13 @@ def split_file(pairs: PairsFile) -> tuple[Sequence[Pair], Sequence[Pair]]:
     return hold_out(read_pairs(pairs.path), pairs.heldout_share, pairs.path)
 
 
+def count_cut(pairs: SampledPairs | PairsFile, data: Comparisons, *, length: int) -> int:
+    """The file's pairs that lose tokens in rows of `length`; what is sampled fits."""
+    if isinstance(pairs, SampledPairs):
+        return 0
+    return sum(group.is_cut(length) for group in (*data.train, *data.heldout))
+
+
 def policy_samples(
     pairs: PairsFile, data: Comparisons, context: Context, name: str, *, policy: str, length: int, batch_size: int
 ) -> list[list[int]]:
@@ -136,7 +142,9 @@ def _sample(pairs: SampledPairs, context: Context, name: str) -> dict[str, list[
     tokenizer, rng = context.tokenizer, context.rng(f"{name}/data")
     count, k = pairs.prompts + pairs.heldout_prompts, pairs.completions
     reviews = context.reviews.validation
-    prompts = review_prompts(reviews, tokenizer, tokens=pairs.prompt_tokens, count=count, rng=rng)
+    prompts = review_prompts(
+        reviews, tokenizer, tokens=pairs.prompt_tokens, count=count, rng=rng, apart=pairs.heldout_prompts
+    )
     completions = [sample.tokens for sample in _complete(pairs, context, name, prompts)]
     grouped = [(prompt, completions[i * k : (i + 1) * k]) for i, prompt in enumerate(prompts)]
     heldout, train = grouped[: pairs.heldout_prompts], grouped[pairs.heldout_prompts :]
@@ -182,7 +190,7 @@ def _snippets(pairs: SampledPairs, context: Context, rng: np.random.Generator) -
         source = sources[index % len(sources)]
         text = source[rng.integers(len(source))].text
         start = int(rng.choice(sentence_starts(text)))
-        tokens = context.tokenizer.encode(text[start : start + _CHARACTERS_A_TOKEN * limit])
+        tokens = context.tokenizer.encode(text[start : start + CHARACTERS_A_TOKEN * limit])
         return [*tokens, context.tokenizer.eos_id][:limit]
 
     return [[snippet(group + i) for i in range(pairs.completions)] for group in range(pairs.snippets)]

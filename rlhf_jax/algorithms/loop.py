@@ -17,6 +17,8 @@ from rlhf_jax.errors import NonFiniteError, Stopped
 from rlhf_jax.metrics import MetricsWriter, Progress
 from rlhf_jax.types import Metrics, Params
 
+_CAUSES = ("score", "reward", "loss")  # where they are not finite, the others only follow
+
 
 class Cursor(Protocol):
     """Where the data stands: a grain iterator, or anything with its two methods."""
@@ -71,6 +73,8 @@ class Loop:
         self._progress.__exit__(kind, error, trace)
         self._writer.close()
         self._checkpoints.close()
+        if self._signal is not None and kind is None:  # it came after the last step was recorded
+            raise self._stopped(self._signal)
 
     def restore(self, state: Any, cursor: Cursor) -> Any:
         """The newest checkpoint's state, with the cursor set to where it stood; `state` itself where there is none."""
@@ -104,15 +108,16 @@ class Loop:
             self._flush()
             assert self._cursor is not None
             self._checkpoints.save(self._step, state, self._cursor.get_state())
-        if self._signal is not None and not last:
-            raise Stopped(
-                f"{self.name}: stopped after step {self._step} of {self.steps}, saved; the same command goes on",
-                self._signal,
-            )
+        if self._signal is not None:
+            raise self._stopped(self._signal)
 
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""
         self._progress.note(text)
+
+    def _stopped(self, number: int) -> Stopped:
+        text = f"{self.name}: stopped after step {self._step} of {self.steps}, saved; the same command goes on"
+        return Stopped(text, number)
 
     def _flush(self) -> None:
         if self._pending is None:
@@ -120,11 +125,13 @@ class Loop:
         step, metrics, rate = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                good = self._checkpoints.latest_step()
-                kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
-                raise NonFiniteError(f"{self.name}: {name} is {value} at step {step}; {kept}")
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            cause = min(broken, key=lambda name: (name not in _CAUSES, broken.index(name)))
+            more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+            good = self._checkpoints.latest_step()
+            kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
+            raise NonFiniteError(f"{self.name}: {cause} is {values[cause]} at step {step}{more}; {kept}")
         values["tokens_per_second"] = rate
         self._writer.write(step, values)
         self._progress.update(step, values)

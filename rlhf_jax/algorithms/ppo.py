@@ -103,6 +103,10 @@ class Config:
                 f"batch_size={self.batch_size} must divide by minibatches × num_microbatches = "
                 f"{self.minibatches} × {self.num_microbatches} = {parts}"
             )
+        if isinstance(self.kl, AdaptiveKL) and self.batch_size >= 5 * self.kl.horizon:
+            raise ValueError(f"kl.horizon={self.kl.horizon} must be over a fifth of batch_size={self.batch_size}")
+        if self.exact_kl_rows > self.batch_size:
+            raise ValueError(f"exact_kl_rows={self.exact_kl_rows} must be at most batch_size={self.batch_size}")
         for name, interval in (
             ("gamma", "[0, 1]"), ("lam", "[0, 1]"), ("clip_eps", "(0, 1)"), ("value_clip", "(0, inf)"),
             ("entropy_coef", "[0, inf)"), ("stop_at_kl", "(0, inf)"),
@@ -346,7 +350,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
             state, metrics, rollout = iteration(state, frozen, sharding.shard_batch(mesh, next(prompts)))
             metrics["gold"] = gold(onpolicy.texts(rollout, tokenizer)).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(state.policy.step)
-            loop.record(state, metrics, tokens=config.batch_size * config.completion_tokens)
+            loop.record(state, metrics, tokens=int(rollout.completion_mask.sum()))
     finish(context, name, state.policy.params)
     reference = frozen.policy(frozen.reference)
     before, after = onpolicy.evaluate(

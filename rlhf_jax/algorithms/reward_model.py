@@ -20,7 +20,8 @@ from rlhf_jax.algorithms.comparisons import PairsFile, SampledPairs
 from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.preference_batches import preference_batches
-from rlhf_jax.evals.reward import evaluate_groups, review_accuracy, write_evaluation
+from rlhf_jax.errors import NonFiniteError
+from rlhf_jax.evals.reward import ScoreRows, evaluate_groups, review_accuracy, write_evaluation
 from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
@@ -153,7 +154,10 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     network = RewardNetwork(spec, mesh, length=config.length, pad_id=tokenizer.pad_id)
 
     loop = Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every)
+    cut = comparisons.count_cut(config.pairs, data, length=config.length)
     with loop, sharding.scope(mesh):
+        if cut:
+            loop.note(f"{name}: {cut} of {len(data.train) + len(data.heldout)} pairs are cut to length={config.length}")
         state = loop.restore(state, batches)
         for step in loop:
             batch = next(batches)
@@ -169,14 +173,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     report = evaluate_groups(score, data.heldout, length=config.length)  # before normalising, which changes the odds
     external = review_accuracy(score, context.reviews.test, tokenizer, length=config.length)
     write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)
-    if isinstance(config.pairs, PairsFile):
-        samples = comparisons.policy_samples(
-            config.pairs, data, context, name, policy=config.init, length=config.length, batch_size=config.batch_size
-        )
-        scores = score(samples)
-    else:
-        scores = report.scores
-    mean, std = float(scores.mean()), float(scores.std())
+    mean, std = _mean_and_std(config, context, name, data, report.scores, score)
     finish(context, name, normalized(state.params, mean, std) if config.normalize else state.params)
     return {
         "accuracy": report.pairs.accuracy,
@@ -186,8 +183,27 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         "external_accuracy": external["accuracy"],
         "score_mean": mean,
         "score_std": std,
+        "cut_pairs": cut,
         "steps": config.steps,
     }
+
+
+def _mean_and_std(
+    config: Config, context: Context, name: str, data: comparisons.Comparisons, heldout: np.ndarray, score: ScoreRows
+) -> tuple[float, float]:
+    """Of the scores of samples: the held-out completions where these were sampled, else completions of `init`."""
+    scores = heldout
+    if isinstance(config.pairs, PairsFile):
+        samples = comparisons.policy_samples(
+            config.pairs, data, context, name, policy=config.init, length=config.length, batch_size=config.batch_size
+        )
+        scores = score(samples)
+    mean, std = float(scores.mean()), float(scores.std())
+    if config.normalize and not std > 0:
+        raise NonFiniteError(
+            f"{name}: all {len(scores)} scores are {mean:g} and cannot be normalised; nothing is saved"
+        )
+    return mean, std
 
 
 def normalized(params: Params, mean: float, std: float) -> Params:

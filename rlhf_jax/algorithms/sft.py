@@ -12,13 +12,11 @@ from rlhf_jax.algorithms.supervised import SupervisedConfig, fit
 from rlhf_jax.data.formats import Example, hold_out, read_examples
 from rlhf_jax.data.pipeline import packed
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.text import Row, fitted, opening
+from rlhf_jax.data.text import CHARACTERS_A_TOKEN, Row, fitted, opening
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.numerics import require
 
 MakeRow = Callable[[Any, np.random.Generator], Row | None]
-
-_CHARACTERS_A_TOKEN = 16  # at least, in running text: bounds what is encoded of a long review
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,6 @@ class Config(SupervisedConfig):
         if isinstance(self.data, Examples):
             _split(self.data)
 
-    def lengths(self) -> dict[str, int]:
-        """A row."""
-        return {"row_length": self.row_length}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.data, Openings) and self.data.length > self.row_length:
@@ -107,6 +101,10 @@ def train(config: Config, context: Context, name: str) -> dict[str, float]:
 
     start = context.policy_params(config.init)
     _, figures = fit(config, context, name, start, batches(sources[0], context.seed), batches(sources[1], 0))
+    if isinstance(config.data, Examples):
+        figures["cut_examples"] = sum(
+            _is_cut(row, context.tokenizer, config.row_length) for rows in _split(config.data) for row in rows
+        )
     return figures
 
 
@@ -114,7 +112,7 @@ def opening_row(data: Openings, tokenizer: Tokenizer) -> MakeRow:
     """A review to a row whose completion alone is counted; None where its opening has no space to cut at."""
 
     def make_row(review: Review, rng: np.random.Generator) -> Row | None:
-        text = review.text[: _CHARACTERS_A_TOKEN * data.length]
+        text = review.text[: CHARACTERS_A_TOKEN * data.length]
         cut = opening(
             tokenizer.encode(text), tokenizer, rng, prompt=data.prompt_tokens, completion=data.completion_tokens
         )
@@ -131,6 +129,11 @@ def _example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
         return _row(*fitted(prompt, completion, length=row_length))
 
     return make_row
+
+
+def _is_cut(example: Example, tokenizer: Tokenizer, row_length: int) -> bool:
+    """Whether an example, with BOS and EOS, loses tokens in a row of its own."""
+    return len(tokenizer.encode(example.prompt)) + len(tokenizer.encode(example.completion)) + 2 > row_length
 
 
 def _row(prompt: list[int], completion: list[int]) -> Row:

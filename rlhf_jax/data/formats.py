@@ -67,9 +67,9 @@ def read_judged(path: Path) -> list[Pair] | list[Scored]:
 
 def hold_out(rows: Sequence[T], share: float, path: Path) -> tuple[Sequence[T], Sequence[T]]:
     """A file's rows to train on, and the last `share` of them, at least one, held out; UserError if none is left."""
-    heldout = max(1, round(len(rows) * share))
-    if len(rows) <= heldout:
+    if len(rows) < 2:
         raise UserError(f"{path}: a single row; at least 2 are needed, one of them held out")
+    heldout = min(max(1, round(len(rows) * share)), len(rows) - 1)
     return rows[:-heldout], rows[-heldout:]
 
 

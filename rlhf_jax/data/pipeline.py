@@ -13,7 +13,8 @@ from rlhf_jax.data.text import Row
 from rlhf_jax.types import ArrayLike
 
 # In the caller's thread: reading ahead of steps of hundreds of milliseconds gains nothing.
-_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+"""In this thread, nothing ahead: the cursor stands where training does."""
 
 
 @flax.struct.dataclass
@@ -47,7 +48,7 @@ def packed(
         return {"tokens": np.asarray(row.tokens, np.int32), "loss_mask": np.asarray(row.loss_mask, bool)}
 
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(features)
-    rows = dataset.to_iter_dataset(_READ).filter(lambda row: len(row["tokens"]) > 0)
+    rows = dataset.to_iter_dataset(READ).filter(lambda row: len(row["tokens"]) > 0)
     lengths = {"tokens": row_length, "loss_mask": row_length}
     rows = FirstFitPackIterDataset(
         rows,

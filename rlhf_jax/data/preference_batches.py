@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from rlhf_jax.data.pipeline import READ
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.types import PreferenceBatch
 
@@ -20,7 +21,7 @@ def preference_batches(
         return batch_groups(rows, pad_id=pad_id, completions=completions, length=length)
 
     batches = dataset.batch(batch_size, batch_fn=batch)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return iter(batches.to_iter_dataset(READ))
 
 
 def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int) -> PreferenceBatch:

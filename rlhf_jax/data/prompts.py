@@ -7,6 +7,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
+from rlhf_jax.data.pipeline import READ
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.text import opening
 from rlhf_jax.errors import UserError
@@ -24,24 +25,39 @@ class PromptBatch(NamedTuple):
 
 
 def review_prompts(
-    reviews: Sequence[Review], tokenizer: Tokenizer, *, tokens: tuple[int, int], count: int, rng: np.random.Generator
+    reviews: Sequence[Review],
+    tokenizer: Tokenizer,
+    *,
+    tokens: tuple[int, int],
+    count: int,
+    rng: np.random.Generator,
+    apart: int = 0,
 ) -> list[list[int]]:
     """Prompts of `tokens[0]` to `tokens[1]` tokens, BOS not counted, from different reviews where there are enough.
 
-    Raises UserError where no review has such an opening.
+    Where there are not, reviews come again, cut anew; but those of the first `apart` prompts give no other one.
+    Raises UserError where no review is left that has such an opening.
     """
     prompts: list[list[int]] = []
+    taken: set[int] = set()
     while len(prompts) < count:
         before = len(prompts)
-        for index in rng.permutation(len(reviews)):
+        for index in rng.permutation(len(reviews)).tolist():
+            if index in taken:
+                continue
             encoded = tokenizer.encode(reviews[index].text[:_CHARACTERS])
             cut = opening(encoded, tokenizer, rng, prompt=tokens, completion=1)
             if cut is not None:
                 prompts.append(cut.prompt)
+                if len(prompts) <= apart:
+                    taken.add(index)
             if len(prompts) == count:
                 break
         if len(prompts) == before:
-            raise UserError(f"data: no review has a space after {tokens[0]} to {tokens[1]} tokens to cut a prompt at")
+            raise UserError(
+                f"data: of {len(reviews)} reviews, {apart} of them apart, none has a space after {tokens[0]} to "
+                f"{tokens[1]} tokens to cut a prompt at"
+            )
     return prompts
 
 
@@ -61,4 +77,4 @@ def prompt_batches(
     """Endless batches of prompts, shuffled anew each epoch."""
     dataset = grain.MapDataset.source(prompts).seed(seed).shuffle().repeat()
     batches = dataset.batch(batch_size, batch_fn=lambda rows: pad_left(rows, length=length, pad_id=pad_id))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return iter(batches.to_iter_dataset(READ))

@@ -10,7 +10,8 @@ import numpy as np
 from rlhf_jax.interop.tokenizers import Tokenizer
 
 _SENTENCE_START = re.compile(r"(?<=[.!?])[\"')]*\s+(?=\S)")
-_LONGEST_TOKEN = 16  # characters, at least: bounds what is encoded for one row
+CHARACTERS_A_TOKEN = 16
+"""More than running text has: bounds what is encoded of a long text for one row."""
 
 
 class Row(NamedTuple):
@@ -59,7 +60,7 @@ def sentence_rows(texts: Iterable[str], tokenizer: Tokenizer, *, row_length: int
         starts = sentence_starts(text)
         start: int | None = 0
         while start is not None:
-            tokens = tokenizer.encode(text[start : start + _LONGEST_TOKEN * row_length])[: row_length - 1]
+            tokens = tokenizer.encode(text[start : start + CHARACTERS_A_TOKEN * row_length])[: row_length - 1]
             end = start + len(tokenizer.decode(tokens))
             whole = end >= len(text) and len(tokens) < row_length - 1
             tokens = [tokenizer.bos_id, *tokens, *([tokenizer.eos_id] if whole else [])]

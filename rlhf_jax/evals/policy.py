@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import masking, models, sharding
 from rlhf_jax.evals.text import distinct_n, equal_tokens
+from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec
@@ -107,8 +108,5 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
 
 def write_samples(path: Path, before: Sequence[Row], after: Sequence[Row], *, step: int) -> None:
     """Write samples.jsonl whole: the same prompts in the same order, first before and then after."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row.to_json("before", 0) for row in before] + [row.to_json("after", step) for row in after]
-    partial = path.with_suffix(".part")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

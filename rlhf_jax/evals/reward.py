@@ -12,6 +12,7 @@ from jaxtyping import Float
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.evals.preferences import PairReport, evaluate_pairs
+from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
 
 ScoreRows = Callable[[Sequence[Sequence[int]]], np.ndarray]
@@ -64,6 +65,4 @@ def write_evaluation(path: Path, report: RewardReport, external: dict[str, Any])
         "margins": report.margins.tolist(),
         "external": external,
     }
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(body) + "\n")

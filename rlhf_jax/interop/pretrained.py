@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
 from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import SentencePiece, Tokenizer, train_sentencepiece
 from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.numerics import require
 from rlhf_jax.types import Params
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -53,11 +55,14 @@ class Bundled:
     unroll: int | None = None
     """Overrides how far the loop over layers is unrolled; None: completely, which runs fastest."""
 
+    def __post_init__(self) -> None:
+        require("model.unroll", self.unroll, "[1, inf)")
+
     @property
     def spec(self) -> ModelSpec:
         """Read from the package's model card."""
         spec = ModelSpec(**_bundled_card()["spec"])
-        return replace(spec, unroll=self.unroll or spec.n_layers)
+        return replace(spec, unroll=spec.n_layers if self.unroll is None else self.unroll)
 
     def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
         """Parameters in float32 (stored in bfloat16) and the tokenizer that comes with them."""
@@ -89,9 +94,7 @@ class Scratch:
         else:
             texts = (review.text for review in data.load().train)
             tokenizer = train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed)
-            partial = path.with_suffix(".part")
-            partial.write_bytes(tokenizer.model)
-            partial.replace(path)
+            write_whole(path, tokenizer.model)
         return Pretrained(self.spec, sharding.unbox(models.init(self.spec, jax.random.key(seed))), tokenizer)
 
     def tokenizer(self, workdir: Path) -> Tokenizer:

@@ -1,40 +1,133 @@
 """Losses as plain functions: arrays in, (unreduced loss, dict of per-element diagnostics) out.
 
 All take NumPy or JAX arrays of any leading axes, promote bfloat16 and float16 to float32, and refuse integers and wrong
-shapes with an error that names the argument. `masking.token_mean` and `masking.sequence_mean` reduce them.
+shapes with an error that names the argument. The reducers of `masking` reduce them: `token_mean`, `sequence_mean`,
+`fixed_length_mean`. What is no loss returns its array alone: `bellman_targets`, `perturbed_logits`, `fisher_diagonal`.
 """
 
-from rlhf_jax.losses import policy, regularizers, reward, supervised, value
-from rlhf_jax.losses.policy import ppo_clip, reinforce
-from rlhf_jax.losses.regularizers import entropy_bonus
+from rlhf_jax.losses import offline, policy, preference, regularizers, reward, supervised, unpaired, value
+from rlhf_jax.losses.offline import (
+    bellman_targets,
+    conservative,
+    expectile,
+    ilql,
+    perturbed_logits,
+    q_regression,
+)
+from rlhf_jax.losses.policy import (
+    cispo,
+    gmpo,
+    gspo,
+    gspo_token,
+    p3o,
+    ppo_clip,
+    reinforce,
+    trpo_surrogate,
+    trust_region_penalty,
+)
+from rlhf_jax.losses.preference import (
+    alpha_po,
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    cpl,
+    cpo,
+    discopop,
+    dpo,
+    exo_pair,
+    f_dpo,
+    hinge,
+    ipo,
+    nca_pair,
+    orpo,
+    robust_dpo,
+    simpo,
+    sppo_hard,
+)
+from rlhf_jax.losses.regularizers import (
+    elastic_weight_consolidation,
+    entropy_bonus,
+    fisher_diagonal,
+    pretraining_mix,
+)
 from rlhf_jax.losses.reward import (
     best_of_k,
     bradley_terry,
     centering,
     k_wise,
+    ordinal_rating,
     outcome_bce,
     plackett_luce,
+    process_bce,
     scalar_rating,
 )
-from rlhf_jax.losses.supervised import cross_entropy
+from rlhf_jax.losses.supervised import cross_entropy, weighted_cross_entropy
+from rlhf_jax.losses.unpaired import RewardShift, bco, kto, kto_kl_baseline
 from rlhf_jax.losses.value import clipped_value
 
 __all__ = [
+    "RewardShift",
+    "alpha_po",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco",
+    "bco_pair",
+    "bellman_targets",
     "best_of_k",
     "bradley_terry",
     "centering",
+    "cispo",
     "clipped_value",
+    "conservative",
+    "cpl",
+    "cpo",
     "cross_entropy",
+    "discopop",
+    "dpo",
+    "elastic_weight_consolidation",
     "entropy_bonus",
+    "exo_pair",
+    "expectile",
+    "f_dpo",
+    "fisher_diagonal",
+    "gmpo",
+    "gspo",
+    "gspo_token",
+    "hinge",
+    "ilql",
+    "ipo",
     "k_wise",
+    "kto",
+    "kto_kl_baseline",
+    "nca_pair",
+    "offline",
+    "ordinal_rating",
+    "orpo",
     "outcome_bce",
+    "p3o",
+    "perturbed_logits",
     "plackett_luce",
     "policy",
     "ppo_clip",
+    "preference",
+    "pretraining_mix",
+    "process_bce",
+    "q_regression",
     "regularizers",
     "reinforce",
     "reward",
+    "robust_dpo",
     "scalar_rating",
+    "simpo",
+    "sppo_hard",
     "supervised",
+    "trpo_surrogate",
+    "trust_region_penalty",
+    "unpaired",
     "value",
+    "weighted_cross_entropy",
 ]

@@ -3,7 +3,7 @@
 Scores are logits: between two completions, a difference of 1 is odds of e. A loss is one number an example, and so is a
 diagnostic, a float that is averaged as the loss is.
 
-Shapes: *b any leading axes, k completions of one prompt.
+Shapes: *b any leading axes, k completions of one prompt, s steps of one solution.
 """
 
 import jax
@@ -13,10 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.masking import keep
-from rlhf_jax.numerics import as_float, require
+from rlhf_jax.numerics import EXCLUDED, as_float, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
-
-EXCLUDED = -1e30  # a score that no softmax sees; −inf would make NaN of inf − inf in the gradient
 
 
 @typed
@@ -145,3 +143,58 @@ def outcome_bce(
     scores, labels = as_float(scores), as_float(labels)
     loss = -labels * log_sigmoid(scores) - (1 - labels) * log_sigmoid(-scores)
     return loss, {"accuracy": ((scores > 0) == (labels > 0.5)).astype(loss.dtype)}
+
+
+@typed
+def process_bce(
+    scores: Float[ArrayLike, "*b s"],
+    labels: Bool[ArrayLike, "*b s"] | Float[ArrayLike, "*b s"],
+    where: Bool[ArrayLike, "*b s"] | None = None,
+) -> tuple[Float[Array, "*b s"], dict[str, Float[Array, "*b s"]]]:
+    """`outcome_bce` of each step of a solution: is this step right? 0 for steps that `where` leaves out.
+
+    Lightman et al. 2023, section 2.6; Wang et al. 2023 (Math-Shepherd), eq. 2, with probabilities as labels. Score r is
+    read at the end of each step; a head with two logits, as TRL's, has r = logit[1] − logit[0]. Either hand over steps
+    alone, or scores at every token and in `where` those that end a labelled step. Give `where` to the reducer too:
+    under `token_mean` all steps weigh the same, as in TRL and OpenRLHF, under `sequence_mean` all solutions.
+    Diagnostics: `accuracy`, as in `outcome_bce`.
+
+    >>> where = jnp.array([True, True, False])
+    >>> process_bce(jnp.array([0.0, 3.0, 9.0]), jnp.array([True, True, False]), where)[0].round(4)
+    Array([0.6931, 0.0486, 0.    ], dtype=float32)
+    """
+    kept = jnp.ones(scores.shape, bool) if where is None else jnp.asarray(where)
+    loss, diagnostics = outcome_bce(keep(scores, kept), keep(as_float(labels), kept))
+    return keep(loss, kept), {"accuracy": keep(diagnostics["accuracy"], kept)}
+
+
+@typed
+def ordinal_rating(
+    scores: Float[ArrayLike, "*b"], ratings: Int[ArrayLike, "*b"], thresholds: Float[ArrayLike, " k"]
+) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
+    """The negative log-likelihood of a rating on a scale whose steps need not be equal: proportional odds.
+
+        P(rating ≤ j) = σ(θ_j − r);   loss = −log (σ(θ_rating − r) − σ(θ_{rating − 1} − r))
+
+    McCullagh 1980, eq. 2.2. `ratings` run from 0 to k, the thresholds' number, and θ increases; the outermost are −∞
+    and ∞. Thresholds have a gradient: fixed, or learnt as a first one plus a cumulative sum of softplus. Diagnostics:
+    `accuracy`, 1 if r lies between its rating's thresholds; `error`, how many ratings r lies above it. Raises
+    ValueError if thresholds do not increase or a rating lies outside [0, k]; under jit, where numbers are not known,
+    thresholds out of order give NaN.
+
+    >>> ordinal_rating(jnp.array([0.0, 0.0]), jnp.array([0, 1]), jnp.array([-1.0, 1.0]))[0].round(4)
+    Array([1.3133, 0.7719], dtype=float32)
+    """
+    scores, ratings, thresholds = as_float(scores), jnp.asarray(ratings), as_float(thresholds)
+    k = thresholds.shape[0]
+    require("k", k, "[1, inf)")
+    require("the gap between thresholds", jnp.diff(thresholds).min(initial=jnp.inf), "(0, inf]")
+    require("ratings", ratings.min(initial=0), f"[0, {k}]")
+    require("ratings", ratings.max(initial=0), f"[0, {k}]")
+    above, below = thresholds[jnp.minimum(ratings, k - 1)], thresholds[jnp.maximum(ratings - 1, 0)]
+    bounded = (ratings > 0) & (ratings < k)
+    # σ(a) − σ(b) = σ(a) σ(−b) (1 − e^(b − a)): no difference of two numbers near 1, and none near 0
+    gap = jnp.where(bounded, jnp.log(-jnp.expm1(-jnp.where(bounded, above - below, 1))), 0)
+    loss = -keep(log_sigmoid(above - scores), ratings < k) - keep(log_sigmoid(scores - below), ratings > 0) - gap
+    error = jnp.sum(scores[..., None] > thresholds, axis=-1) - ratings
+    return loss, {"accuracy": (error == 0).astype(loss.dtype), "error": error.astype(loss.dtype)}

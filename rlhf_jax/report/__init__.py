@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rlhf_jax.files import write_whole
 from rlhf_jax.report.figures import readme_figure
 from rlhf_jax.report.page import render
 from rlhf_jax.report.workdir import read_run
@@ -15,7 +16,6 @@ def write(workdir: Path) -> Path:
     Of an unfinished run it shows what there is. Raises `UserError` where the folder holds no run or a file is broken.
     """
     workdir = Path(workdir)
-    target, partial = workdir / "report.html", workdir / "report.html.part"
-    partial.write_text(render(read_run(workdir)), encoding="utf-8")
-    partial.replace(target)
+    target = workdir / "report.html"
+    write_whole(target, render(read_run(workdir)))
     return target

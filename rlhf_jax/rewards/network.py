@@ -1,5 +1,6 @@
 """Scores from a reward network for rows of tokens on the host: batched, padded, sharded."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,8 +17,10 @@ class RewardNetwork:
     """A reward model as a function of parameters and token rows; compiled once, for one shape."""
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, *, length: int, pad_id: int, batch_size: int = 64) -> None:
-        """Rows may have at most `length` tokens; `batch_size` must divide by the mesh's batch axes."""
-        self._mesh, self._length, self._pad_id, self._batch_size = mesh, length, pad_id, batch_size
+        """Rows may have at most `length` tokens; `batch_size`, read at once, is filled up to what the mesh divides."""
+        shards = sharding.batch_shards(dict(mesh.shape))
+        self._mesh, self._length, self._pad_id = mesh, length, pad_id
+        self._batch_size = math.ceil(batch_size / shards) * shards
         self._score = jax.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
 
     def __call__(self, params: Params, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, " n"]:

@@ -4,8 +4,6 @@ import functools
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_whole
 
 # Words alone: pairs of words would lift the accuracy on pairs of unseen RT sentences of opposite label from 0.863 to
 # 0.887, but a reward model of the quickstart's size, trained half as long as there, agreed less with such a judge: on
@@ -106,9 +105,7 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save(path: Path, stored: dict[str, np.ndarray]) -> None:
-    """Write by a rename, so that two runs at once, or one that is killed, leave a whole file."""
+    """Write what `_load` reads."""
     archive = io.BytesIO()
     np.savez_compressed(archive, **stored)  # pyright: ignore[reportArgumentType]  # its stub takes names for options
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(hashlib.sha256(archive.getvalue()).digest() + archive.getvalue())
-    os.replace(file.name, path)
+    write_whole(path, hashlib.sha256(archive.getvalue()).digest() + archive.getvalue())

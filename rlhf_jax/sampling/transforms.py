@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.numerics import as_float, require
+from rlhf_jax.numerics import EXCLUDED, as_float, require
 from rlhf_jax.types import ArrayLike, Key, typed
-
-EXCLUDED = -1e30  # finite, so that no inf − inf becomes NaN
 
 
 @dataclass(frozen=True)

@@ -213,14 +213,27 @@ def test_a_reward_that_is_not_finite_names_the_step(make_context):
     params = context.head_params("reward_model")
     params["head"]["bias"] = jnp.full_like(params["head"]["bias"], jnp.nan)
     save_params(context.stage_dir("reward_model") / "params", params)
-    with pytest.raises(NonFiniteError, match=r"ppo: \w+ is nan at step 1; there is no checkpoint yet"):
+    with pytest.raises(NonFiniteError, match=r"ppo: score is nan at step 1 \(\d+ more .*; there is no checkpoint yet"):
         ppo.train(CONFIG, context, "ppo")
+
+
+def test_a_reward_that_breaks_later_keeps_the_last_good_checkpoint(make_context):
+    context = make_context()
+    put_stages(context)
+    ppo.train(change(steps=2, checkpoint_every=2), context, "ppo")
+    params = context.head_params("reward_model")
+    params["head"]["bias"] = jnp.full_like(params["head"]["bias"], jnp.inf)
+    save_params(context.stage_dir("reward_model") / "params", params)
+    with pytest.raises(NonFiniteError, match=r"ppo: score is inf at step 3 .*; the checkpoint of step 2 is kept"):
+        ppo.train(change(steps=4, checkpoint_every=2), context, "ppo")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"batch_size": 30}, r"batch_size=30 must divide by minibatches × num_microbatches = 2 × 2 = 4"),
+        ({"exact_kl_rows": 64}, "exact_kl_rows=64 must be at most batch_size=32"),
+        ({"kl": AdaptiveKL(horizon=6)}, "kl.horizon=6 must be over a fifth of batch_size=32"),
         ({"gamma": 1.5}, r"gamma must lie in \[0, 1\], got 1.5"),
         ({"prompt_tokens": (8, 2)}, r"prompt_tokens must be \(fewest, most\)"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

@@ -1,17 +1,20 @@
 """Reward models: the loss against pairs scored one by one, what is sampled and judged, files, normalisation."""
 
+import dataclasses
 import json
 import math
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import comparisons, reward_model
 from rlhf_jax.algorithms.comparisons import PairsFile, SampledPairs
 from rlhf_jax.data.preference_batches import batch_groups, preference_batches
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.prompts import review_prompts
+from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
@@ -129,6 +132,38 @@ def test_a_file_of_pairs_trains_the_same_stage(context, tmp_path):
     path.write_text('{"prompt": "a", "chosen": "b"}\n')
     with pytest.raises(UserError, match=r"pairs.jsonl, line 1: no field 'rejected'"):
         config.check_inputs()
+
+
+def test_heldout_prompts_are_of_other_reviews_even_when_they_run_out(context):
+    numbered = [dataclasses.replace(r, text=f"{i} {r.text}") for i, r in enumerate(context.reviews.validation[:30])]
+    options = {"tokens": (3, 5), "count": 80, "rng": np.random.default_rng(0)}
+    prompts = review_prompts(numbered, context.tokenizer, **options, apart=10)
+    sources = [int(context.tokenizer.decode(prompt).split()[0]) for prompt in prompts]
+    assert len(sources) == 80 and len(set(sources[:10])) == 10
+    assert not set(sources[:10]) & set(sources[10:]) and len(set(sources[10:])) > 3  # so these came again
+    with pytest.raises(UserError, match="of 30 reviews, 80 of them apart, none has a space after 3 to 5 tokens"):
+        review_prompts(numbered, context.tokenizer, **options, apart=80)
+
+
+def test_scores_that_are_all_the_same_are_not_normalised(context, monkeypatch):
+    monkeypatch.setattr(
+        reward_model.RewardNetwork, "__call__", lambda self, params, rows: np.ones(len(rows), np.float32)
+    )
+    with pytest.raises(NonFiniteError, match=r"rm: all 36 scores are 1 and cannot be normalised"):
+        reward_model.train(reward_model.Config(pairs=PAIRS, **CONFIG), context, "rm")
+    assert not (context.stage_dir("rm") / "params").exists()
+
+
+def test_any_mesh_scores_any_number_of_rows(context):
+    devices = jax.devices()[:3]
+    mesh = jax.make_mesh((3, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    rows = [[2, 5, 9][: 1 + i % 3] for i in range(7)]
+    params = jax.device_get(context.head_params("reward_model"))
+    one, three = (
+        reward_model.RewardNetwork(SPEC, where, length=24, pad_id=0, batch_size=4)(params, rows)
+        for where in (context.mesh, mesh)
+    )
+    np.testing.assert_allclose(three, one, atol=1e-5)
 
 
 def test_microbatches_and_meshes_take_the_same_steps(make_context, meshes):

@@ -72,6 +72,23 @@ def test_learns(stage, make_context):
     assert not np.array_equal(trained["embedding"], context.policy_params("base")["embedding"])
 
 
+@pytest.mark.parametrize("when", ["record", "__exit__"])
+def test_a_signal_in_the_last_step_or_after_it_is_heard(when, make_context, monkeypatch):
+    config, context = sft.Config(steps=2, data=DATA, **CONFIG), make_context()
+    heard = getattr(supervised.Loop, when)
+
+    def interrupt(self, *args, **kwargs):
+        if self._step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return heard(self, *args, **kwargs)
+
+    monkeypatch.setattr(supervised.Loop, when, interrupt)
+    with pytest.raises(Stopped, match="stopped after step 2 of 2"):
+        sft.train(config, context, "sft")
+    monkeypatch.setattr(supervised.Loop, when, heard)
+    assert sft.train(config, context, "sft")["steps"] == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_ends_where_an_unbroken_one_does(number, make_context, monkeypatch):
     config = sft.Config(steps=8, data=DATA, **CONFIG)

@@ -76,5 +76,5 @@ def test_prompts_repeat_reviews_only_when_they_run_out(reviews, tokenizer):
     some = reviews.test[:20]
     prompts = review_prompts(some, tokenizer, tokens=(2, 8), count=45, rng=np.random.default_rng(0))
     assert len(prompts) == 45
-    with pytest.raises(UserError, match="no review has a space after 300 to 301 tokens"):
+    with pytest.raises(UserError, match="of 20 reviews, 0 of them apart, none has a space after 300 to 301 tokens"):
         review_prompts(some, tokenizer, tokens=(300, 301), count=1, rng=np.random.default_rng(0))

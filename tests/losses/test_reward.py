@@ -12,14 +12,18 @@ from rlhf_jax.losses.reward import (
     bradley_terry,
     centering,
     k_wise,
+    ordinal_rating,
     outcome_bce,
     plackett_luce,
+    process_bce,
     scalar_rating,
 )
+from rlhf_jax.masking import sequence_mean, token_mean
 from tests.properties import Case, Properties, mask_of, normal
 
 RNG = np.random.default_rng(0)
 LOG_2 = np.log(2)
+THRESHOLDS = np.float32([-1, 0.5, 1.5])
 
 
 def integers(high, *shape):
@@ -46,6 +50,9 @@ class TestProperties(Properties):
         Case(scalar_rating, normal("scores", "ratings")),
         Case(outcome_bce, normal("scores", labels=probabilities)),
         Case(outcome_bce, normal("scores", labels=bools), label="-bools"),
+        Case(process_bce, normal("scores", labels=probabilities)),
+        Case(process_bce, normal("scores", labels=bools, where=mask_of()), label="-where"),
+        Case(ordinal_rating, normal("scores", ratings=integers(4, 5)), static={"thresholds": THRESHOLDS}),
     )
 
 
@@ -173,3 +180,79 @@ def test_groups_too_small_are_refused():
         k_wise(np.ones((2, 1), np.float32), np.zeros((2, 1), int))
     with pytest.raises(ValueError, match="k must lie in"):
         plackett_luce(np.ones((2, 0), np.float32))
+
+
+def test_process_bce_is_outcome_bce_of_the_steps_that_there_are():
+    scores, labels = RNG.normal(size=(3, 4)).astype(np.float32), RNG.random((3, 4)) < 0.5
+    where = np.array([[1, 1, 1, 1], [0, 1, 0, 0], [1, 0, 0, 1]], bool)
+    every, diagnostics = outcome_bce(scores, labels)
+    loss, others = process_bce(scores, labels, where)
+    np.testing.assert_allclose(loss, every * where, rtol=1e-6)
+    np.testing.assert_array_equal(others["accuracy"], diagnostics["accuracy"] * where)
+    np.testing.assert_allclose(process_bce(scores, labels)[0], every, rtol=1e-6)
+    every = np.asarray(every, np.float64)
+    np.testing.assert_allclose(token_mean(loss, where).value, every[where].mean(), rtol=1e-6)
+    of_solutions = [row[kept].mean() for row, kept in zip(every, where, strict=True)]
+    np.testing.assert_allclose(sequence_mean(loss, where).value, np.mean(of_solutions), rtol=1e-6)
+
+
+def test_process_bce_of_one_logit_is_the_cross_entropy_of_two():
+    logits, labels = RNG.normal(size=(5, 2)).astype(np.float32), RNG.random(5) < 0.5
+    expected = -jax.nn.log_softmax(logits)[np.arange(5), labels.astype(int)]
+    np.testing.assert_allclose(process_bce(logits[:, 1] - logits[:, 0], labels)[0], expected, rtol=1e-5)
+
+
+def test_ordinal_rating_by_hand():
+    scores, ratings = np.float32([0.3, 0.3, 0.3, 0.3]), np.arange(4)
+    below = sigmoid(THRESHOLDS.astype(np.float64) - 0.3)  # P(rating ≤ j)
+    loss, diagnostics = ordinal_rating(scores, ratings, THRESHOLDS)
+    np.testing.assert_allclose(loss, -np.log(np.diff([0, *below, 1])), rtol=1e-5)
+    assert diagnostics["accuracy"].tolist() == [0, 1, 0, 0] and diagnostics["error"].tolist() == [1, 0, -1, -2]
+
+
+def test_ordinal_rating_is_a_distribution_over_ratings():
+    scores = np.float32(RNG.normal(size=6))[:, None].repeat(4, 1)
+    loss = ordinal_rating(scores, np.arange(4)[None].repeat(6, 0), THRESHOLDS)[0]
+    np.testing.assert_allclose(np.exp(-loss).sum(1), 1, rtol=1e-5)
+
+
+def test_ordinal_rating_of_two_grades_is_outcome_bce():
+    scores, labels = RNG.normal(size=7).astype(np.float32), RNG.integers(0, 2, 7)
+    loss, diagnostics = ordinal_rating(scores, labels, np.zeros(1, np.float32))
+    expected, others = outcome_bce(scores, labels > 0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(diagnostics["accuracy"], others["accuracy"])
+
+
+def test_thresholds_have_the_gradient_of_finite_differences(float64):
+    scores, ratings = RNG.normal(size=20), RNG.integers(0, 4, 20)
+
+    def total(thresholds):
+        return ordinal_rating(scores, ratings, thresholds)[0].sum()
+
+    thresholds = THRESHOLDS.astype(np.float64)
+    steps = 1e-6 * np.eye(3)
+    expected = [(total(thresholds + step) - total(thresholds - step)) / 2e-6 for step in steps]
+    np.testing.assert_allclose(jax.grad(total)(thresholds), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_ratings_and_steps_are_finite_at_any_score(dtype):
+    scores = jnp.asarray([-1e4, -1e4, 1e4, 1e4], dtype)
+    for ratings in ([0, 3, 0, 3], [1, 2, 1, 2]):
+        value = jax.value_and_grad(lambda x, r=ratings: ordinal_rating(x, np.array(r), THRESHOLDS)[0].sum())(scores)
+        assert all(np.isfinite(x).all() for x in map(np.float32, value))
+    labels = np.array([True, False, True, False])
+    value = jax.value_and_grad(lambda x: process_bce(x, labels, labels)[0].sum())(scores)
+    assert all(np.isfinite(x).all() for x in map(np.float32, value))
+
+
+def test_ratings_and_thresholds_out_of_order_are_refused():
+    scores = np.zeros(2, np.float32)
+    for ratings, value in (([0, 4], 4), ([-1, 0], -1)):
+        with pytest.raises(ValueError, match=f"ratings must lie in .*0, 3.*, got {value}"):
+            ordinal_rating(scores, np.array(ratings), THRESHOLDS)
+    with pytest.raises(ValueError, match=r"gap between thresholds must lie in .*, got -1.5"):
+        ordinal_rating(scores, np.array([0, 1]), np.float32([0, 1, -0.5]))
+    with pytest.raises(ValueError, match="k must lie in"):
+        ordinal_rating(scores, np.array([0, 0]), np.zeros(0, np.float32))

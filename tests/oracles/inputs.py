@@ -1,4 +1,4 @@
-"""What every peer and every function of ours is given: NumPy alone and one seed a set, so that any environment makes it.
+"""What the peers and our functions are given: NumPy alone and one seed a set, so that any environment makes it.
 
 The numbers are drawn away from kinks (no ties, no ratio on a clip bound), since a gradient there is a matter of taste.
 The JSON files carry the arrays as well, so the tests do not lean on NumPy's streams staying as they are.
@@ -9,6 +9,14 @@ from collections.abc import Callable
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+
+
+def weights(shape: tuple[int, ...]) -> np.ndarray:
+    """What a value's elements are weighted by before its gradient is taken: cos 0, cos 1, cos 2, …
+
+    A plain sum would not do: that of whitened numbers is 0 whatever they are, and so is its gradient.
+    """
+    return np.cos(np.arange(np.prod(shape, dtype=int))).reshape(shape)
 
 
 def _lengths_mask(lengths: list[int], width: int, starts: list[int] | None = None) -> np.ndarray:
@@ -109,10 +117,15 @@ def ranked() -> Arrays:
 
 
 def logits() -> Arrays:
-    """Logits of policy and reference over nine tokens at [3, 4], and the tokens that stand beside them."""
+    """Logits of policy and reference over nine tokens, the tokens that stand beside them, and a mask of some."""
     rng = np.random.default_rng(8)
     made, ref = rng.normal(size=(2, 3, 4, 9)) * 1.5
-    return {"logits": made, "ref_logits": ref, "tokens": rng.integers(0, 9, (3, 4))}
+    return {
+        "logits": made,
+        "ref_logits": ref,
+        "tokens": rng.integers(0, 9, (3, 4)),
+        "mask": _lengths_mask([2, 3, 1], 4, [2, 1, 1]),
+    }
 
 
 def steps() -> Arrays:
@@ -124,13 +137,15 @@ def steps() -> Arrays:
 
 
 def ratings() -> Arrays:
-    """Scores against labels, right or wrong, against probabilities, and against ratings on a scale."""
+    """Scores against labels, right or wrong, probabilities, ratings on a scale, and stars from 0 to 3."""
     rng = np.random.default_rng(10)
     return {
         "scores": rng.normal(size=8),
         "labels": rng.random(8) < 0.5,
         "probabilities": rng.uniform(0.1, 0.9, 8),
         "ratings": rng.uniform(1, 5, 8),
+        "stars": np.array([0, 3, 1, 2, 3, 0, 1, 2]),
+        "thresholds": np.array([-1.1, 0.2, 1.7]),
     }
 
 

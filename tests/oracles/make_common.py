@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tests.oracles.inputs import SETS
+from tests.oracles.inputs import SETS, weights
 
 torch.set_default_dtype(torch.float64)
 
@@ -41,13 +41,14 @@ class Recorder:
         wrt: str = "",
         params: dict[str, Any] | None = None,
     ):
-        """Run `fn` on the tensors of an input set, and keep its value and the gradients of its sum by `wrt`'s names."""
+        """Run `fn` on an input set's tensors; keep its value and the gradients of its weighted sum by `wrt`'s names."""
         arrays = SETS[inputs]()
         self.inputs[inputs] = {key: x.tolist() for key, x in arrays.items()}
         tensors = {key: torch.tensor(x) for key, x in arrays.items()}
         leaves = [tensors[key].requires_grad_() for key in wrt.split()]
         value = fn(SimpleNamespace(**tensors), **(params or {}))
-        gradients = torch.autograd.grad(value.sum(), leaves) if leaves else ()
+        total = (value * torch.tensor(weights(tuple(value.shape)))).sum()
+        gradients = torch.autograd.grad(total, leaves) if leaves else ()
         self.cases[name] = {
             "inputs": inputs,
             "params": params or {},

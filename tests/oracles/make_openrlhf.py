@@ -83,7 +83,7 @@ def record_losses(record):
     record.case("policy_loss_dual", "rollout", policy_loss, "logps", {**plain, "dual_clip": 1.2})
     gspo = {"clip_eps_low": 0.03, "clip_eps_high": 0.04, "policy_loss_type": "gspo", "sequence": True}
     record.case("policy_loss_gspo", "rollout", policy_loss, "logps", gspo)
-    for level, mode in (("token", "clip"), ("token", "mask"), ("seq", "mask")):
+    for level, mode in (("token", "clip"), ("token", "mask")):
         params = {"level": level, "mode": mode, "threshold": [0.7, 1.3]}
         record.case(f"policy_loss_{level}_{mode}", "rollout", corrected_policy_loss, "logps", params)
     for clip_eps in (0.2, None):
@@ -91,9 +91,16 @@ def record_losses(record):
             params = {"clip_eps": clip_eps, "token_level": token_level}
             record.case(f"value_loss_{clip_eps}_{token_level}", "rollout", value_loss, "values", params)
     scores = "chosen_scores rejected_scores"
+    record.case("PairWiseLoss_of_k", "ranked", all_pairs, "scores")
     for name, margins in (("PairWiseLoss", False), ("PairWiseLoss", True), ("LogExpLoss", False)):
         wrt = f"{scores} margin" if margins else scores
         record.case(f"{name}_{margins}", "scored_pairs", reward_loss, wrt, {"name": name, "margins": margins})
+
+
+def all_pairs(x):
+    """PairWiseLoss of all pairs of a prompt's completions, best first, as one batch a prompt: a mean over the pairs."""
+    better, worse = torch.triu_indices(*([x.scores.shape[1]] * 2), offset=1)
+    return by_row(x, lambda row: losses.PairWiseLoss()(row.scores[0, better], row.scores[0, worse]))
 
 
 def reward_loss(x, *, name, margins):
@@ -173,42 +180,27 @@ def baseline(x, *, estimator):
     return scope["rewards"]
 
 
-def normalized(x, *, shift_group):
-    """REINFORCE++ (less the group's mean, if asked): whitened over the whole batch, here one token a sequence."""
-    rewards = baseline(x, estimator="reinforce_baseline") if shift_group else x.scores
+def whiten(advantages, mask):
+    """What ends its advantages: whitening over all tokens of the batch that the mask keeps, by the biased variance."""
     source = maker_lines("all_advantages = torch.cat(", "exp.advantages = (exp.advantages - mean) * rstd")
     args = SimpleNamespace(algo=SimpleNamespace(advantage=SimpleNamespace(no_std_norm=False)))
-    experience = SimpleNamespace(advantages=rewards, action_mask=torch.ones_like(rewards))
+    experience = SimpleNamespace(advantages=advantages, action_mask=mask)
     with float64_throughout():
         exec(source, {"args": args, "experiences": [experience], "torch": torch})  # the peer's own lines
-    return experience.advantages
+    return experience.advantages * mask
 
 
-def normalized_tokens(x):
-    """The whitening that ends its advantages: over all tokens of the batch that the mask keeps, biased variance."""
-    source = maker_lines("all_advantages = torch.cat(", "exp.advantages = (exp.advantages - mean) * rstd")
-    args = SimpleNamespace(algo=SimpleNamespace(advantage=SimpleNamespace(no_std_norm=False)))
-    experience = SimpleNamespace(advantages=x.rewards, action_mask=x.mask)
-    with float64_throughout():
-        exec(source, {"args": args, "experiences": [experience], "torch": torch})  # the peer's own lines
-    return experience.advantages * x.mask
-
-
-def reinforce_returns(x, *, kl_coef, gamma):
-    """REINFORCE++'s returns: rewards with a KL penalty, summed from the end."""
-    rewards = utils.compute_reward(x.scores, kl_coef, (x.logps - x.ref_logps) * x.mask, x.mask)
-    return maker_method("get_cumulative_returns")(None, rewards, x.mask, gamma)
+def reinforce_plus_plus(x, *, gamma):
+    """Rewards summed from the end, whitened."""
+    return whiten(maker_method("get_cumulative_returns")(None, x.rewards, x.mask, gamma), x.mask)
 
 
 def record_advantages(record):
     for estimator in ("rloo", "dr_grpo", "group_norm"):
         record.case(f"baseline_{estimator}", "groups", baseline, "scores", {"estimator": estimator})
-    for shift_group in (True, False):
-        record.case(f"reinforce_pp_{shift_group}", "groups", normalized, "scores", {"shift_group": shift_group})
-    record.case("whiten", "rollout", normalized_tokens, "rewards")
+    record.case("whiten", "rollout", lambda x: whiten(x.rewards, x.mask), "rewards")
     for gamma in (1.0, 0.9):
-        params = {"kl_coef": 0.3, "gamma": gamma}
-        record.case(f"reinforce_returns_{gamma}", "rollout", reinforce_returns, "scores logps", params)
+        record.case(f"reinforce_plus_plus_{gamma}", "rollout", reinforce_plus_plus, "rewards", {"gamma": gamma})
 
 
 def controller(x, *, init, target, horizon, n_steps):

@@ -7,18 +7,13 @@ rlax is written for one sequence without a mask: here it runs on each row's kept
 where they were. It takes the value after the last token as an argument, which is 0 here.
 """
 
-import json
-from importlib.metadata import version
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rlax
 
-from tests.oracles.inputs import SETS
+from tests.oracles.make_jax_common import write
 
-jax.config.update("jax_enable_x64", True)
 GAMMA, LAM = 0.97, 0.9
 
 
@@ -89,6 +84,12 @@ CASES = {
         "logits ref_logits",
         {},
     ),
+    "best_of_k": (
+        "ranked",
+        lambda x: jax.vmap(rlax.categorical_cross_entropy)(jax.nn.one_hot(x["best"], 5), x["scores"]),
+        "scores",
+        {},
+    ),
     "l2_loss": ("ratings", lambda x: rlax.l2_loss(x["scores"], x["ratings"]), "scores ratings", {}),
     "sigmoid_log_loss": (
         "ratings",
@@ -105,33 +106,5 @@ CASES = {
 }
 
 
-def run(inputs, fn, wrt, params):
-    """The value of one case, and the gradients of its sum."""
-    arrays = {name: x if x.dtype == bool else jnp.asarray(x) for name, x in SETS[inputs]().items()}
-
-    def total(leaves):
-        value = fn({**arrays, **leaves})
-        return value.sum(), value
-
-    leaves = {name: arrays[name] for name in wrt.split()}
-    (_, value), gradients = jax.value_and_grad(total, has_aux=True)(leaves)
-    as_lists = {name: np.asarray(gradient).tolist() for name, gradient in gradients.items()}
-    return {"inputs": inputs, "params": params, "value": np.asarray(value).tolist(), "gradients": as_lists}
-
-
-def main():
-    versions = {name: version(name) for name in ("rlax", "jax", "jaxlib", "distrax", "numpy")}
-    cases = {name: run(*case) for name, case in CASES.items()}
-    used = sorted({case["inputs"] for case in cases.values()})
-    inputs = {name: {key: x.tolist() for key, x in SETS[name]().items()} for name in used}
-    path = Path(__file__).parent / "rlax.json"
-    parts = [f'"versions": {json.dumps(versions)}']
-    for key, entries in (("inputs", inputs), ("cases", cases)):
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
-        parts.append(f'"{key}": {{\n{lines}\n}}')
-    path.write_text("{" + ",\n".join(parts) + "}\n")
-    print(f"{path.name}: {len(cases)} cases, {path.stat().st_size / 1000:.0f} kB")
-
-
 if __name__ == "__main__":
-    main()
+    write("rlax", ("rlax", "jax", "jaxlib", "distrax", "numpy"), CASES)

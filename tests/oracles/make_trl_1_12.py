@@ -4,9 +4,9 @@ python -m venv trl112 && trl112/bin/pip install trl==1.12.0 transformers acceler
 trl112/bin/python -m tests.oracles.make_trl_1_12        # from the root of the repository
 
 PPO's computations stand in the middle of `PPOTrainer.train`: these lines are cut out of the installed source and run as
-they are. PRM is the token classification loss of transformers on the labels that `PRMTrainer.tokenize_row` places. BCO
-and GSPO-token are the trainers' own methods on instances that were never constructed. All float64, which BCO's running
-mean and PRM's logits need `float64_throughout` for.
+they are. `PRMTrainer` has no loss of its own: it is the token classification loss of transformers, with labels at the
+last token of each step and −100 elsewhere. BCO and GSPO-token are the trainers' own methods on instances that were
+never constructed. All float64, which BCO's running mean and PRM's logits need `float64_throughout` for.
 """
 
 from types import SimpleNamespace
@@ -129,37 +129,16 @@ def record_ppo(record):
     record.case("ppo_loss", "rollout", lambda x, **p: ppo_step(x, **p).loss, "logps values", both)
 
 
-class Letters:
-    """A tokenizer of letters, which is all that `tokenize_row` asks for."""
-
-    bos_token_id = None
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": self.encode(text, add_special_tokens)}
-
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(letter) - 96 if letter != "\n" else 0 for letter in text]
-
-
 def prm_loss(x):
     """Cross-entropy of two logits at each labelled token, a mean over them."""
     labels = torch.where(x.mask, x.labels.long(), -100)
     return ForTokenClassification(x.logits, labels, SimpleNamespace(num_labels=2))
 
 
-def prm_labels(x):
-    """Where PRM puts a step's label: 0 and 1 on the last token of each step, its separator, and −100 elsewhere."""
-    del x
-    row = {"prompt": "ab", "completions": ["cde", "f", "gh"], "labels": [True, False, True]}
-    made = PRMTrainer.tokenize_row(row, Letters(), "\n", None, None, train_on_last_step_only=False, is_eval=False)
-    return torch.tensor(made["labels"])
-
-
 def record_prm(record):
+    assert "compute_loss" not in vars(PRMTrainer)
     with float64_throughout():
         record.case("prm", "steps", prm_loss, "logits")
-    record.case("prm_labels", "steps", prm_labels)
 
 
 def bco_losses(x, *, beta, what="losses"):

@@ -68,6 +68,7 @@ def record_dpo(record):
     """Row by row, but for the two losses that sort a batch and for the cross-entropy, which weighs tokens."""
     row_losses = [
         "sigmoid",
+        "sigmoid_norm",
         "hinge",
         "ipo",
         "nca_pair",
@@ -75,11 +76,10 @@ def record_dpo(record):
         "sppo_hard",
         "apo_zero",
         "apo_down",
-        "discopop",
-        "sigmoid_norm",
     ]
-    for loss_type in row_losses:
-        record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, {"loss_type": loss_type, "beta": BETA})
+    for loss_type in [*row_losses, "discopop"]:
+        beta = 1.0 if loss_type == "hinge" else BETA  # at which it is 0 for some pairs
+        record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, {"loss_type": loss_type, "beta": beta})
     for loss_type in ("exo_pair", "robust"):
         params = {"loss_type": loss_type, "beta": BETA, "label_smoothing": 0.1}
         record.case(f"dpo_{loss_type}", "pairs", dpo_rows, PAIR, params)
@@ -89,10 +89,9 @@ def record_dpo(record):
             record.case(f"dpo_{loss_type}_{smoothing}", "pairs", dpo_loss, PAIR, params)
     record.case("dpo_sft", "pairs", dpo_loss, "chosen_logps", {"loss_type": "sft"})
     for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
-        for loss_type in ("sigmoid", "hinge"):
-            params = {"loss_type": loss_type, "beta": BETA, "divergence": divergence}
-            with float64_throughout(dpo_trainer):
-                record.case(f"dpo_{loss_type}_{divergence}", "pairs", dpo_rows, PAIR, params)
+        params = {"loss_type": "sigmoid", "beta": BETA, "divergence": divergence, "alpha": 0.3}
+        with float64_throughout(dpo_trainer):
+            record.case(f"dpo_sigmoid_{divergence}", "pairs", dpo_rows, PAIR, params)
 
 
 def kto_loss(x, *, loss_type="kto", beta=BETA, desirable_weight=1.0, undesirable_weight=1.0):
@@ -158,6 +157,14 @@ def record_without_reference(record):
     for alpha in (0.25, -0.5):
         params = {"loss_type": "simpo", "beta": 2.0, "gamma": 0.6, "alpha": alpha}
         record.case(f"alpha_po_{alpha}", "pairs", cpo_terms, PAIR, params)
+    for average in (False, True):
+        record.case(f"batch_logps_{average}", "logits", batch_logps, "logits", {"average": average})
+
+
+def batch_logps(x, *, average):
+    """CPOTrainer.get_batch_logps: log-probabilities of a sequence's labelled tokens from logits, and the shift."""
+    labels = torch.where(x.mask, x.tokens, -100)
+    return CPOTrainer.get_batch_logps(x.logits, labels, average_log_prob=average)
 
 
 def reward_loss(x, *, margins=False, centering=None):

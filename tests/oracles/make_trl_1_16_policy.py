@@ -15,6 +15,7 @@ from trl.trainer import grpo_trainer, rloo_trainer
 from tests.oracles.make_common import (
     Recorder,
     SimpleNamespace,
+    identity,
     lines_of,
     masked_sum,
     policy_inputs,
@@ -49,6 +50,8 @@ def record_losses(record):
         record.case(f"grpo_{loss_type}", "rollout", grpo_loss, "logps", params)
     record.case("grpo_token_advantages", "rollout", grpo_token_advantages, "logps", {"loss_type": "bnpo"})
     record.case("grpo_delta", "rollout", grpo_token_advantages, "logps", {"loss_type": "bnpo", "delta": 1.3})
+    unclipped = {"loss_type": "bnpo", "low": 1.0, "high": 1e6}
+    record.case("grpo_unclipped", "rollout", grpo_token_advantages, "logps", unclipped)
     record.case("grpo_kl", "rollout", grpo_loss, "logps", {"loss_type": "grpo", "beta": 0.04})
     record.case("gspo", "rollout", grpo_loss, "logps", {"level": "sequence", "low": 0.03, "high": 0.04})
     record.case("cispo", "rollout", grpo_loss, "logps", {"loss_type": "cispo", "high": 1.28})
@@ -79,6 +82,23 @@ def rloo_advantages(x):
     return run_lines(source, rloo_trainer, **names).advantages.view(x.scores.shape)
 
 
+def rloo_rewards(x, *, beta):
+    """A score a sequence less its KL, summed over tokens."""
+    source = lines_of(
+        rloo_trainer.RLOOTrainer._generate_and_score_completions,
+        "per_token_kl = old_per_token_logps - ref_per_token_logps",
+        "rewards = rewards - self.beta * kl",
+    )
+    names = {
+        "old_per_token_logps": x.old_logps,
+        "ref_per_token_logps": x.ref_logps,
+        "completion_mask": x.mask.to(torch.int64),
+        "rewards": x.scores,
+        "gather": identity,
+    }
+    return run_lines(source, rloo_trainer, self=SimpleNamespace(beta=beta), **names).rewards
+
+
 def sampler_correction(x, *, mode, low=None, high=2.0):
     """π_trainer/π_sampler, truncated or set to 0 outside the bounds, of a token or of the whole sequence."""
     source = lines_of(
@@ -105,9 +125,11 @@ def record_advantages(record):
     for scale in ("group", "none"):
         record.case(f"grpo_advantages_{scale}", "groups", grpo_advantages, "scores", {"scale": scale})
     record.case("rloo_advantages", "groups", rloo_advantages, "scores")
+    record.case("rloo_rewards", "rollout", rloo_rewards, "scores old_logps ref_logps", {"beta": 0.05})
     for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
         record.case(f"sampler_{mode}", "sampler", sampler_correction, "", {"mode": mode, "high": 1.5})
-        record.case(f"sampler_{mode}_both", "sampler", sampler_correction, "", {"mode": mode, "low": 0.7, "high": 1.5})
+        both = {"mode": mode, "low": 0.7 if mode.startswith("token") else 0.95, "high": 1.5}
+        record.case(f"sampler_{mode}_both", "sampler", sampler_correction, "", both)
 
 
 def main():
