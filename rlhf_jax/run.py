@@ -27,6 +27,7 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Experiment, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.files import write_whole
+from rlhf_jax.models import lora
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Params
 
@@ -113,7 +114,8 @@ def _check(experiment: Experiment, workdir: Path) -> None:
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
     sharding.shardings(sharding.make_mesh(experiment.mesh), boxed)
-    _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(boxed)), experiment)
+    trained = jax.tree.leaves(lora.own(experiment.model.spec, boxed))
+    _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in trained), experiment)
 
 
 def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:

@@ -196,13 +196,13 @@ class Algorithm:
 
         def part(rows: Rollout) -> tuple[Array, ...]:
             window = slice(c.prompt_length, None)
-            tokens, mask = rows.tokens[:, window], rows.completion_mask[:, window]
+            mask = rows.completion_mask[:, window]
             logits = self.completion_logits(policy, rows)
             ref_logits = self.completion_logits(reference, rows)
             temperature = c.sampling.temperature
             return (
-                masking.keep(token_logps(logits, tokens, temperature=temperature), mask),
-                masking.keep(token_logps(ref_logits, tokens, temperature=temperature), mask),
+                self.kept_logps(logits, rows),
+                self.kept_logps(ref_logits, rows),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
                 masking.keep(models.values(self.spec, critic, rows.tokens, rows.mask)[:, window], mask),
@@ -287,8 +287,7 @@ class Algorithm:
             del key
             mask, old_logps = batch.completion_mask[:, window], batch.logps[:, window]
             logits = self.completion_logits(params, batch)
-            logps = token_logps(logits, batch.tokens[:, window], temperature=c.sampling.temperature)
-            logps = masking.keep(logps, mask)
+            logps = self.kept_logps(logits, batch)
             loss, d = losses.ppo_clip(logps, old_logps, batch.advantages[:, window], clip_eps=hyper["clip_eps"])
             if c.entropy_coef:
                 bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
@@ -317,9 +316,12 @@ class Algorithm:
 
     def logps(self, params: Params, rollout: Rollout) -> Float[Array, "b n"]:
         """Log-probs of the completion's tokens, 0 elsewhere, as the loss computes them."""
+        return self.kept_logps(self.completion_logits(params, rollout), rollout)
+
+    def kept_logps(self, logits: Float[Array, "b n v"], rollout: Rollout) -> Float[Array, "b n"]:
+        """Of the completion's tokens at the sampling temperature, 0 elsewhere."""
         window = slice(self.config.prompt_length, None)
-        logits, tokens = self.completion_logits(params, rollout), rollout.tokens[:, window]
-        logps = token_logps(logits, tokens, temperature=self.config.sampling.temperature)
+        logps = token_logps(logits, rollout.tokens[:, window], temperature=self.config.sampling.temperature)
         return masking.keep(logps, rollout.completion_mask[:, window])
 
     def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
