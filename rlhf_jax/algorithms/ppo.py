@@ -195,14 +195,12 @@ class Algorithm:
         critic, reward = frozen.network(state.critic.params), frozen.network(frozen.reward)
 
         def part(rows: Rollout) -> tuple[Array, ...]:
-            window = slice(c.prompt_length, None)
+            window, temperature = slice(c.prompt_length, None), c.sampling.temperature
             mask = rows.completion_mask[:, window]
             logits = self.completion_logits(policy, rows)
             ref_logits = self.completion_logits(reference, rows)
-            temperature = c.sampling.temperature
             return (
-                self.kept_logps(logits, rows),
-                self.kept_logps(ref_logits, rows),
+                *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
                 masking.keep(models.values(self.spec, critic, rows.tokens, rows.mask)[:, window], mask),
@@ -263,8 +261,8 @@ class Algorithm:
             return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
 
         first = jax.tree.map(lambda x: x[rows[0]], rollout)
-        policy = frozen.policy(state.policy.params)
-        deviation = ratio_deviation(self.logps(policy, first), first.logps[:, c.prompt_length :])
+        logits = self.completion_logits(frozen.policy(state.policy.params), first)
+        deviation = ratio_deviation(self.kept_logps(logits, first), first.logps[:, c.prompt_length :])
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
         policy, critic = jax.tree.map(jnp.mean, (policy, critic))
         return state, {
@@ -313,10 +311,6 @@ class Algorithm:
             return masking.REDUCERS[c.reducer](loss, mask), {"value_clipped": masking.token_mean(d["clipped"], mask)}
 
         return loss_fn
-
-    def logps(self, params: Params, rollout: Rollout) -> Float[Array, "b n"]:
-        """Log-probs of the completion's tokens, 0 elsewhere, as the loss computes them."""
-        return self.kept_logps(self.completion_logits(params, rollout), rollout)
 
     def kept_logps(self, logits: Float[Array, "b n v"], rollout: Rollout) -> Float[Array, "b n"]:
         """Of the completion's tokens at the sampling temperature, 0 elsewhere."""
