@@ -40,7 +40,7 @@ def update(state: Moments, scores: Float[ArrayLike, "*s"], mask: Bool[ArrayLike,
 
         δ = mean_b − mean_a;   mean = mean_a + δ n_b/n;   squares = squares_a + squares_b + δ² n_a n_b/n
 
-    Chan et al. 1979, eq. 2.1: exact, and free of the cancellation of E[s²] − E[s]². `mask` keeps the scores that count.
+    Chan et al. 1979: exact, and free of the cancellation of E[s²] − E[s]². `mask` keeps the scores that count.
     In float32 the count is exact up to 2²⁴ scores.
 
     >>> state = update(update(Moments(), jnp.array([1.0, 2.0])), jnp.array([6.0]))

@@ -73,7 +73,7 @@ def cispo(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """REINFORCE with a clipped importance weight: −sg[clip(ρ, 1 − ε, 1 + ε_high)] A log π with ρ = π/π_old.
 
-    MiniMax 2025 (MiniMax-M1), eq. 4 and 5. No token loses its gradient, as PPO's clipped ones do; the value of the loss
+    MiniMax 2025 (MiniMax-M1). No token loses its gradient, as PPO's clipped ones do; the value of the loss
     means nothing. The paper sets no lower bound: `clip_eps` None. It leaves ε_high open; TRL's `epsilon_high` is our
     1 + `clip_eps_high`, and 5 the value that it recommends. log ρ is clamped at ±20. Diagnostics: `ratio` ρ, and
     `clipped`, 1 where the weight is not ρ. Raises ValueError if clip_eps is outside (0, 1] or clip_eps_high ≤ 0.
@@ -152,7 +152,7 @@ def gspo(
 
         loss = −min(s A, clip(s, 1 − ε, 1 + ε_high) A)
 
-    Zheng et al. 2025 (GSPO), eq. 5 and 7. Its ranges are 3e-4 and 4e-4, for s moves far less than the ratio of a token.
+    Zheng et al. 2025 (GSPO). Its ranges are 3e-4 and 4e-4, for s moves far less than the ratio of a token.
     One loss and one advantage a sequence; 0 for a sequence that keeps no token. log s is clamped at ±20. Diagnostics:
     `ratio` s, and `clipped` as in `ppo_clip`. Raises as `ppo_clip`.
 

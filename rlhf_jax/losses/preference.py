@@ -14,7 +14,7 @@ from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
 from rlhf_jax.losses.reference_free import _logistic, _reward_diagnostics, alpha_po, cpl, cpo, orpo, simpo
-from rlhf_jax.numerics import as_float, exp_log_ratio, require
+from rlhf_jax.numerics import LOG_RATIO_LIMIT, as_float, exp_log_ratio, require
 from rlhf_jax.types import ArrayLike, Scalar, typed
 
 __all__ = [
@@ -79,7 +79,7 @@ def robust_dpo(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """DPO's loss estimated without bias where labels are flipped at a rate ε: ((1−ε) ℓ(Δ) − ε ℓ(−Δ)) / (1 − 2ε).
 
-    Chowdhury et al. 2024 (rDPO), eq. 12, with ℓ(Δ) = −log σ(βΔ). It is not bounded below. Diagnostics as in `dpo`.
+    Chowdhury et al. 2024 (rDPO), with ℓ(Δ) = −log σ(βΔ). It is not bounded below. Diagnostics as in `dpo`.
     Raises ValueError if beta ≤ 0 or label_smoothing is outside [0, ½).
 
     >>> robust_dpo(jnp.array([0.0]), jnp.array([0.0]), label_smoothing=0.3)[0]
@@ -96,7 +96,7 @@ def robust_dpo(
 def hinge(
     chosen_logratio: Float[ArrayLike, "*b"], rejected_logratio: Float[ArrayLike, "*b"], *, beta: Scalar = 0.1
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
-    """max(0, 1 − βΔ). Zhao et al. 2023 (SLiC) in the normalised form of Liu et al. 2023 (RSO), eq. 10.
+    """max(0, 1 − βΔ). Zhao et al. 2023 (SLiC) in the normalised form of Liu et al. 2023 (RSO).
 
     Diagnostics as in `dpo`. Raises ValueError if beta ≤ 0.
 
@@ -154,7 +154,7 @@ def nca_pair(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """−log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l), r = β · log-ratio: each against zero, not against the other.
 
-    Chen et al. 2024 (noise contrastive alignment), eq. 11 for preferences. Diagnostics as in `dpo`. Raises ValueError
+    Chen et al. 2024 (noise contrastive alignment), its loss of preferences. Diagnostics as in `dpo`. Raises ValueError
     if beta ≤ 0.
 
     >>> nca_pair(jnp.array([0.0]), jnp.array([0.0]))[0]
@@ -171,7 +171,7 @@ def bco_pair(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """−log σ(r_w) − log σ(−r_l), r = β · log-ratio: chosen and rejected as two classes.
 
-    Jung et al. 2024 (BCO), eq. 7, without the shift δ, which `unpaired.bco` has. Diagnostics as in `dpo`. Raises
+    Jung et al. 2024 (BCO), without the shift δ, which `unpaired.bco` has. Diagnostics as in `dpo`. Raises
     ValueError if beta ≤ 0.
 
     >>> bco_pair(jnp.array([0.0]), jnp.array([0.0]))[0]
@@ -268,7 +268,7 @@ def f_dpo(
 
         reverse_kl: f′ = log u      forward_kl: f′ = −1/u      js: f′ = log(2u/(1 + u))      alpha: f′ = (1 − u^−α)/α
 
-    Wang et al. 2023 (f-DPO), table 2 and eq. 12, up to constants that cancel. α → 0 is the reverse, α → 1 the forward
+    Wang et al. 2023 (f-DPO), up to constants that cancel. α → 0 is the reverse, α → 1 the forward
     KL; TRL's `f_alpha_divergence_coef` is 1 − α. log u is clamped at ±20 where it is exponentiated. Diagnostics as in
     `dpo`, of β f′. Raises ValueError if beta ≤ 0, alpha is outside (0, 1) or the divergence has another name.
 
@@ -281,7 +281,8 @@ def f_dpo(
         "reverse_kl": lambda u: u,
         "forward_kl": lambda u: 1 - exp_log_ratio(-u),
         "js": lambda u: jnp.log(2.0) + log_sigmoid(u),
-        "alpha": lambda u: (1 - exp_log_ratio(-alpha * u)) / alpha,
+        # expm1: 1 − exp(−αu) would keep no digit of a small α
+        "alpha": lambda u: -jnp.expm1(jnp.clip(u * -alpha, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) / alpha,
     }
     if divergence not in derivatives:
         raise ValueError(f"divergence must be one of {', '.join(derivatives)}, got {divergence!r}")
@@ -301,7 +302,7 @@ def aot(
 ) -> tuple[Float[Array, "*b n"], dict[str, Float[Array, "*b n"]]]:
     """DPO's loss of sorted margins: the policy's i-th smallest against the reference's i-th smallest.
 
-    Melnyk et al. 2024 (AOT), eq. 5 on paired data. Sequence log-probabilities, sorted over the last axis: entry i of
+    Melnyk et al. 2024 (AOT), on paired data. Sequence log-probabilities, sorted over the last axis: entry i of
     the loss is of rank i in the batch, not of pair i. Diagnostics: `accuracy` and `margin` of the ranks. Raises
     ValueError if beta ≤ 0 or label_smoothing is outside [0, ½).
 
@@ -324,7 +325,7 @@ def aot_unpaired(
 ) -> tuple[Float[Array, "*b n"], dict[str, Float[Array, "*b n"]]]:
     """DPO's loss of sorted log-ratios: the i-th smallest chosen against the i-th smallest rejected.
 
-    Melnyk et al. 2024 (AOT), eq. 6 on unpaired data; else as `aot`.
+    Melnyk et al. 2024 (AOT), on unpaired data; else as `aot`.
 
     >>> aot_unpaired(*(jnp.array(x) for x in ([1.0, 3.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0])), beta=1.0)[0]
     Array([0.3133, 0.3133], dtype=float32)

@@ -62,7 +62,7 @@ def alpha_po(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """SimPO with the reward β (1 − p^−α)/α in place of β log p, p = exp(mean log π): −log σ(r_w − r_l − γ).
 
-    Gupta et al. 2025 (AlphaPO), eq. 8; α → 0 is SimPO, and α = 0 is taken as that limit. −α log p is clamped at ±20.
+    Gupta et al. 2025 (AlphaPO); α → 0 is SimPO, and α = 0 is taken as that limit. −α log p is clamped at ±20.
     Diagnostics as in `dpo`. Raises ValueError if beta ≤ 0 or gamma < 0.
 
     >>> alpha_po(jnp.array([-1.0]), jnp.array([-2.0]), beta=2.0, gamma=1.0, alpha=0.0)[0]
@@ -136,7 +136,7 @@ def cpl(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """−log (exp βS_w / (exp βS_w + exp λβS_l)), S the (discounted) sum of a segment's log π.
 
-    Hejna et al. 2023 (contrastive preference learning), eq. 5 and, with `bias` λ < 1, eq. 6; β is the paper's α. Who
+    Hejna et al. 2023 (contrastive preference learning), with `bias` λ < 1 its biased form; β is the paper's α. Who
     discounts gives Σ γ^t log π. Diagnostics as in `dpo`, with βS as reward. Raises ValueError if beta ≤ 0 or bias is
     outside (0, 1].
 

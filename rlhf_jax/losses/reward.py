@@ -176,7 +176,7 @@ def ordinal_rating(
 
         P(rating ≤ j) = σ(θ_j − r);   loss = −log (σ(θ_rating − r) − σ(θ_{rating − 1} − r))
 
-    McCullagh 1980, eq. 2.2. `ratings` run from 0 to k, the thresholds' number, and θ increases; the outermost are −∞
+    McCullagh 1980 (proportional odds). `ratings` run from 0 to k, the thresholds' number; θ increases, its ends are −∞
     and ∞. Thresholds have a gradient: fixed, or learnt as a first one plus a cumulative sum of softplus. Diagnostics:
     `accuracy`, 1 if r lies between its rating's thresholds; `error`, how many ratings r lies above it. Raises
     ValueError if thresholds do not increase or a rating lies outside [0, k]; under jit, where numbers are not known,

@@ -23,7 +23,7 @@ def weighted_cross_entropy(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """−w log p(token): examples or tokens that count for more or for less. Weights of 1 make it `cross_entropy`.
 
-    Advantage-weighted behaviour cloning is w = exp(β A) (Peng et al. 2019, eq. 2). The reducers divide by how many
+    Advantage-weighted behaviour cloning is w = exp(β A) (Peng et al. 2019). The reducers divide by how many
     tokens there are and not by Σ w: a weight of 0 still counts. For the weighted mean, divide by the mean of `weight`,
     the diagnostic. The gradient of the weights flows; who computes them from parameters stops it.
 

@@ -28,7 +28,7 @@ def kto(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """The value lost, w (1 − σ(±β (r − z))), + for desirable completions: gains and losses seen from a baseline z.
 
-    Ethayarajh et al. 2024 (KTO), eq. 8, with w the paper's λ_D or λ_U. `kl_baseline` z comes from `kto_kl_baseline`,
+    Ethayarajh et al. 2024 (KTO), with w the paper's λ_D or λ_U. `kl_baseline` z comes from `kto_kl_baseline`,
     or from elsewhere clamped at 0 and without a gradient. Diagnostics: `reward` βr. Raises ValueError if beta or a
     weight ≤ 0.
 
@@ -67,7 +67,7 @@ def bco(
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """−log σ(±(βr − δ)), + where a completion is desirable: a classifier whose logit is the implicit reward.
 
-    Jung et al. 2024 (BCO), eq. 11. `delta` δ is the reward shift, from `RewardShift`. Diagnostics: `reward` βr. Raises
+    Jung et al. 2024 (BCO). `delta` δ is the reward shift, from `RewardShift`. Diagnostics: `reward` βr. Raises
     ValueError if beta ≤ 0.
 
     >>> bco(jnp.array([1.0, 1.0]), jnp.array([True, False]), 0.5, beta=0.5)[0]
@@ -82,7 +82,7 @@ def bco(
 class RewardShift:
     """BCO's δ: halfway between the mean rewards of the desirable and of the undesirable completions seen so far.
 
-    Jung et al. 2024 (BCO), section 4.2, with running means over all batches; state in, state out. TRL takes one mean
+    Jung et al. 2024 (BCO), with running means over all batches; state in, state out. TRL takes one mean
     over both, which is the same where both are equally many.
 
     >>> shift = RewardShift.init().update(jnp.array([1.0, 3.0, -2.0]), jnp.array([True, True, False]))
@@ -98,6 +98,7 @@ class RewardShift:
         """Nothing seen: δ is 0."""
         return cls(*(Mean(jnp.zeros(()), jnp.zeros(())) for _ in range(2)))
 
+    @typed
     def update(self, rewards: Float[ArrayLike, "*b"], desirable: Bool[ArrayLike, "*b"]) -> "RewardShift":
         """The state after a batch of rewards β · log-ratio, which get no gradient through it."""
         rewards, desirable = jax.lax.stop_gradient(as_float(rewards)), jnp.asarray(desirable)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from rlhf_jax.losses import preference
 from rlhf_jax.losses.unpaired import RewardShift, bco, kto, kto_kl_baseline
@@ -114,3 +115,9 @@ def test_what_lies_outside_is_refused_with_its_value(call, message):
     with pytest.raises(ValueError) as error:
         call(np.zeros(2, np.float32), np.array([True, False]))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("rewards", [np.ones(2, np.int32), np.ones((2, 1), np.float32)], ids=["integers", "[b, 1]"])
+def test_the_shift_refuses_integers_and_other_shapes_by_name(rewards):
+    with pytest.raises(TypeCheckError, match=r"RewardShift\.update"):
+        RewardShift.init().update(rewards, np.array([True, False]))
