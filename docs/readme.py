@@ -90,8 +90,10 @@ def main(workdirs: list[Path]) -> None:
     for workdir in workdirs:
         check(workdir)
     readme_figure(workdirs, ROOT / "docs" / "quickstart.png")
+    commits = {json.loads((workdir / "config.json").read_text())["commit"] for workdir in workdirs}
+    made = f"Made at commit {', '.join(str(commit)[:10] for commit in sorted(commits, key=str))}."
     title = "The first held-out prompts, with the gold score of what follows:"
-    block = f"\n{table(workdirs)}\n\n{title}\n\n{samples(workdirs[0])}\n\n"
+    block = f"\n{table(workdirs)}\n\n{made} {title}\n\n{samples(workdirs[0])}\n\n"
     between = re.compile(r"(?<=<!-- from docs/readme.py -->\n).*?(?=<!-- end -->)", flags=re.S)
     text = between.sub(lambda _: block, (ROOT / "README.md").read_text())
     (ROOT / "README.md").write_text(text)

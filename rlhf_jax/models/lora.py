@@ -46,8 +46,8 @@ def fold(spec: ModelSpec, params: Params) -> Params:
         return params
     scale = spec.lora.alpha / spec.lora.rank
 
-    def walk(tree: dict[str, Any]) -> dict[str, Any]:
-        out = {name: walk(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    def walk(tree: Params) -> Params:
+        out: dict[str, Any] = {name: walk(value) if isinstance(value, dict) else value for name, value in tree.items()}
         for name in PROJECTIONS:
             if name + _ENDS[0] in out:
                 kernel, a, b = out[name], out.pop(name + _ENDS[0]), out.pop(name + _ENDS[1])
