@@ -27,7 +27,8 @@ def token_logps(
     Array([-0.2877], dtype=float32)
     """
     require("temperature", temperature, "(0, inf)")
-    chosen = jnp.take_along_axis(jnp.asarray(logits), jnp.asarray(tokens)[..., None], axis=-1)[..., 0]
+    tokens = jnp.where(jnp.asarray(tokens) < 0, logits.shape[-1], tokens)  # a negative index would count from the end
+    chosen = jnp.take_along_axis(jnp.asarray(logits), tokens[..., None], axis=-1)[..., 0]
     return as_float(chosen) / temperature - jax.nn.logsumexp(as_float(logits) / temperature, axis=-1)
 
 

@@ -118,6 +118,11 @@ def test_entropy_is_minus_the_expected_log_prob():
     np.testing.assert_allclose(entropy(logits), -np.sum(np.exp(logps) * logps), rtol=1e-6)
 
 
+def test_ids_outside_the_vocabulary_give_nan_and_no_other_number():
+    logps = token_logps(np.zeros((5, 3), np.float32), np.array([-1, -3, 3, 99, 2]))
+    assert np.isnan(logps[:4]).all() and logps[4] == pytest.approx(-np.log(3))
+
+
 def test_sequence_logps_sum_the_kept_tokens():
     logps = np.float32([[-1, -2, -4], [-8, -16, -32]])
     mask = np.array([[False, True, True], [False, False, False]])
