@@ -17,7 +17,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import SentencePiece, Tokenizer, train_sentencepiece
-from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.models.spec import Lora, ModelSpec
 from rlhf_jax.numerics import require
 from rlhf_jax.types import Params
 
@@ -54,6 +54,8 @@ class Bundled:
 
     unroll: int | None = None
     """Overrides how far the loop over layers is unrolled; None: completely, which runs fastest."""
+    lora: Lora | None = None
+    """Adapters, which alone are trained, over the frozen model; none: all weights are trained."""
 
     def __post_init__(self) -> None:
         require("model.unroll", self.unroll, "[1, inf)")
@@ -62,7 +64,7 @@ class Bundled:
     def spec(self) -> ModelSpec:
         """Read from the package's model card."""
         spec = ModelSpec(**_bundled_card()["spec"])
-        return replace(spec, unroll=spec.n_layers if self.unroll is None else self.unroll)
+        return replace(spec, unroll=spec.n_layers if self.unroll is None else self.unroll, lora=self.lora)
 
     def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
         """Parameters in float32 (stored in bfloat16) and the tokenizer that comes with them."""
