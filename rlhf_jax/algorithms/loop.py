@@ -127,7 +127,7 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            cause = min(broken, key=lambda name: (name not in _CAUSES, broken.index(name)))
+            cause = next((name for name in _CAUSES if name in broken), broken[0])
             more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
             good = self._checkpoints.latest_step()
             kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
