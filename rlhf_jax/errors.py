@@ -19,3 +19,8 @@ class Stopped(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def missing_extra(package: str, needed_by: str) -> UserError:
+    """The error for a package that the extra "hf" brings, and that is not installed."""
+    return UserError(f'{needed_by}: needs the package {package}, which is not installed: pip install "rlhf_jax[hf]"')

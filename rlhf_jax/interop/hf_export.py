@@ -17,6 +17,7 @@ from rlhf_jax.interop.hf_folder import CONFIG, parameter_shapes
 from rlhf_jax.interop.pretrained import TOKENIZER_FILE, Pretrained
 from rlhf_jax.interop.safetensors_io import DTYPES, INDEX, SINGLE, write
 from rlhf_jax.interop.tokenizers import SentencePiece
+from rlhf_jax.models import lora
 from rlhf_jax.models.spec import DType, ModelSpec
 from rlhf_jax.types import Params
 
@@ -40,10 +41,7 @@ class _Plan:
 
     @property
     def architecture(self) -> str:
-        if self.head is None:
-            return f"{self.family.classes}ForCausalLM"
-        text = "Text" if self.family.model_type == "gemma3_text" else ""
-        return f"{self.family.classes}{text}ForSequenceClassification"
+        return self.family.classes[0 if self.head is None else 1]
 
 
 def export(model: Pretrained, folder: Path | str, *, dtype: DType = "float32") -> str | None:
@@ -120,7 +118,8 @@ def _array(params: Params, path: str) -> np.ndarray:
 
 def _plan(model: Pretrained) -> _Plan:
     is_reward = set(model.params) == {"trunk", "head"}
-    spec, params = model.spec, model.params["trunk"] if is_reward else model.params
+    params = lora.fold(model.spec, model.params["trunk"] if is_reward else model.params)
+    spec = replace(model.spec, lora=None)
     try:
         family = written_as(spec)
     except UserError as first:

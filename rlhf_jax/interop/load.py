@@ -81,7 +81,10 @@ class FromPretrained:
         """The tokenizer alone; None where the files hold none."""
         path = Path(self.path)
         if path.is_file():
-            return load_pretrained(path).tokenizer
+            _check_gguf(path)
+            from rlhf_jax.interop.gguf_io import gguf_tokenizer
+
+            return gguf_tokenizer(path)
         folder = _folder(path, configs_only=False)
         stage = runs.find_stage(folder)
         return _tokenizer(folder) if stage is None else runs.stage_model(stage[0], CLASSES).tokenizer(stage[0])

@@ -90,7 +90,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         hint = f"; {pickled.name} is pickled, and a pickle runs code: save it as safetensors" if pickled else ""
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
     content = read_json(index)
-    weight_map = content.get("weight_map", None)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map: expected an object with a file for each tensor")
     shards = {name: _shard(folder, index, name, file) for name, file in weight_map.items()}

@@ -1,4 +1,4 @@
-"""Tokenizers: what the stages need of one, and SentencePiece."""
+"""Tokenizers: what the stages need of one, and SentencePiece; `json_tokenizer` has those of the tokenizers library."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -39,9 +39,13 @@ class SentencePiece:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.model = model
         self.vocab_size = self._processor.vocab_size()
-        self.pad_id = self._processor.pad_id()
-        self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise RuntimeError("it has no EOS token")
+        bos, pad = self._processor.bos_id(), self._processor.pad_id()
+        self.bos_id = self.eos_id if bos < 0 else bos
+        # Llama's has no pad: the unknown token, which byte fallback leaves unused, stands under the mask.
+        self.pad_id = self._processor.unk_id() if pad in (-1, self.eos_id) else pad
         self._special = {self.pad_id, self.bos_id, self.eos_id}
 
     @classmethod
@@ -63,6 +67,20 @@ class SentencePiece:
     def starts_word(self, token: int) -> bool:
         """Whether a token begins with a space."""
         return self._processor.id_to_piece(int(token)).startswith("\u2581")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder, by tokenizer.json or else tokenizer.model; None where it has neither.
+
+    Raises UserError that names the file for one that cannot be read. A chat template comes with tokenizer.json only.
+    """
+    from rlhf_jax.interop.json_tokenizer import load_json  # it builds on the protocol here
+
+    if (folder / "tokenizer.json").is_file():
+        return load_json(folder)
+    if (folder / "tokenizer.model").is_file():
+        return SentencePiece.from_file(folder / "tokenizer.model")
+    return None
 
 
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, seed: int = 0) -> SentencePiece:

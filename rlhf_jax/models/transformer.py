@@ -50,7 +50,8 @@ class Transformer(nn.Module):
             (s.vocab_size, s.d_model),
             jnp.float32,
         )
-        if not s.tied:  # made here, so that `init` of the trunk makes the whole model; used by `unembed`
+        # Made here, so that `init` makes the whole model, and read by `unembed`; a trunk with another head has none.
+        if not s.tied and self.is_initializing():
             self.param(
                 "unembedding",
                 named(nn.initializers.lecun_normal(), "embed", "vocab"),

@@ -95,8 +95,8 @@ class Family:
 
     model_type: str
     """Its name in config.json."""
-    classes: str
-    """How its classes begin: …ForCausalLM, …ForSequenceClassification."""
+    classes: tuple[str, str]
+    """transformers' classes of the language model and of the one that scores a sequence."""
     spec: Callable[[Fields], ModelSpec]
     """Reads config.json; raises UserError that names the field for what the transformer here cannot do."""
     config: Callable[[ModelSpec], dict[str, Any]]

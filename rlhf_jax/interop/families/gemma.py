@@ -176,12 +176,28 @@ def _read_gemma3_text_part(fields: Fields) -> ModelSpec:
     return _read_gemma3(Fields({**defaults, **text.values}, fields.path))
 
 
-GEMMA = Family("gemma", "Gemma", _read_gemma, _write_gemma, TABLE, PREFIXES)
-GEMMA2 = Family("gemma2", "Gemma2", _read_gemma2, _write_gemma2, SANDWICH_TABLE, PREFIXES)
-GEMMA3_TEXT = Family("gemma3_text", "Gemma3", _read_gemma3, _write_gemma3, SANDWICH_TABLE, PREFIXES)
+GEMMA = Family(
+    "gemma", ("GemmaForCausalLM", "GemmaForSequenceClassification"), _read_gemma, _write_gemma, TABLE, PREFIXES
+)
+GEMMA2 = Family(
+    "gemma2",
+    ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+    _read_gemma2,
+    _write_gemma2,
+    SANDWICH_TABLE,
+    PREFIXES,
+)
+GEMMA3_TEXT = Family(
+    "gemma3_text",
+    ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+    _read_gemma3,
+    _write_gemma3,
+    SANDWICH_TABLE,
+    PREFIXES,
+)
 GEMMA3 = Family(
     "gemma3",
-    "Gemma3",
+    ("Gemma3ForCausalLM", "Gemma3ForSequenceClassification"),
     _read_gemma3_text_part,
     _write_gemma3,
     SANDWICH_TABLE,

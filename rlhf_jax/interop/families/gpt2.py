@@ -84,7 +84,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
 
 GPT2 = Family(
     "gpt2",
-    "GPT2",
+    ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     read_spec,
     write_config,
     TABLE,

@@ -95,7 +95,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
 
 GPT_NEOX = Family(
     "gpt_neox",
-    "GPTNeoX",
+    ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
     read_spec,
     write_config,
     TABLE,

@@ -118,4 +118,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-LLAMA = Family("llama", "Llama", read_spec, write_config, TABLE, PREFIXES)
+LLAMA = Family(
+    "llama", ("LlamaForCausalLM", "LlamaForSequenceClassification"), read_spec, write_config, TABLE, PREFIXES
+)

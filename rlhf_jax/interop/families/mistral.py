@@ -30,4 +30,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-MISTRAL = Family("mistral", "Mistral", read_spec, write_config, TABLE, PREFIXES)
+MISTRAL = Family(
+    "mistral", ("MistralForCausalLM", "MistralForSequenceClassification"), read_spec, write_config, TABLE, PREFIXES
+)

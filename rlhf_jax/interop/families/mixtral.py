@@ -46,4 +46,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-MIXTRAL = Family("mixtral", "Mixtral", read_spec, write_config, TABLE, PREFIXES)
+MIXTRAL = Family(
+    "mixtral", ("MixtralForCausalLM", "MixtralForSequenceClassification"), read_spec, write_config, TABLE, PREFIXES
+)

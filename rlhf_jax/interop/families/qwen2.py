@@ -53,4 +53,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     return shape_config(spec) | rope_config(spec) | qwen_window_config(spec) | own
 
 
-QWEN2 = Family("qwen2", "Qwen2", read_spec, write_config, TABLE, PREFIXES)
+QWEN2 = Family(
+    "qwen2", ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"), read_spec, write_config, TABLE, PREFIXES
+)

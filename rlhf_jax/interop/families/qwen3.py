@@ -36,4 +36,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-QWEN3 = Family("qwen3", "Qwen3", read_spec, write_config, TABLE, PREFIXES)
+QWEN3 = Family(
+    "qwen3", ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"), read_spec, write_config, TABLE, PREFIXES
+)

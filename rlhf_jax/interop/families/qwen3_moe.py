@@ -61,4 +61,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3Moe", read_spec, write_config, TABLE, PREFIXES)
+QWEN3_MOE = Family(
+    "qwen3_moe", ("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"), read_spec, write_config, TABLE, PREFIXES
+)
