@@ -1,4 +1,4 @@
-"""Folders that are written: read back they are the model, transformers loads them, and a half-written one is nothing."""
+"""Folders that are written: read back they are the model, transformers loads them, and half of one is nothing."""
 
 import dataclasses
 import json
