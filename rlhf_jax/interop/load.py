@@ -4,15 +4,19 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
+from rlhf_jax import models, sharding
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop import workdir as runs
 from rlhf_jax.interop.hf_folder import CONFIG, folder_spec, load_folder
 from rlhf_jax.interop.pretrained import Bundled, Pretrained, Scratch
 from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.models import lora as adaptation
 from rlhf_jax.models.spec import DType, Lora, ModelSpec, Remat
+from rlhf_jax.types import Key, Params
 
 DTYPES = ("float32", "bfloat16")
 
@@ -30,12 +34,10 @@ def load_pretrained(
     `path` is a Hugging Face folder (config.json and safetensors), a .gguf file, the workdir of a run of ours (its last
     policy) or a stage's folder in it, or a name on the Hugging Face hub where `huggingface_hub` is installed.
     `dtype` is that of the parameters; those of norms are float32. They lie as training wants them on the mesh, or on
-    the first device.
+    the first device. With `lora` fresh adapters are among them, which change nothing yet.
 
     Raises UserError that names the file and the field or tensor for whatever is wrong with it.
     """
-    if lora is not None:
-        raise UserError("load_pretrained: lora is not supported yet; it must be None")
     if dtype not in DTYPES:
         raise UserError(f"load_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     path = Path(path)
@@ -43,13 +45,28 @@ def load_pretrained(
         _check_gguf(path)
         from rlhf_jax.interop.gguf_io import load_gguf  # it needs a package of the extra "gguf"
 
-        return load_gguf(path, dtype=dtype, mesh=mesh)
+        return _adapted(load_gguf(path, dtype=dtype, mesh=mesh), lora, mesh)
     folder = _folder(path, configs_only=False)
     stage = runs.find_stage(folder)
     if stage is not None:
-        return runs.load_stage(*stage, CLASSES, dtype=dtype, mesh=mesh)
+        return _adapted(runs.load_stage(*stage, CLASSES, dtype=dtype, mesh=mesh), lora, mesh)
     spec, params = load_folder(folder, dtype=dtype, mesh=mesh)
-    return Pretrained(spec, params, _tokenizer(folder))
+    return _adapted(Pretrained(spec, params, _tokenizer(folder)), lora, mesh)
+
+
+def _adapted(loaded: Pretrained, lora: Lora | None, mesh: Mesh | None) -> Pretrained:
+    """The same model with fresh adapters, which change nothing yet, among its parameters."""
+    if lora is None:
+        return loaded
+    spec = replace(loaded.spec, lora=lora)
+
+    def adapters(key: Key) -> Params:
+        return adaptation.own(spec, models.init(spec, key))
+
+    key = jax.random.key(0)
+    layout = sharding.shardings(mesh or sharding.single_device_mesh(), jax.eval_shape(adapters, key))
+    fresh = jax.jit(lambda key: sharding.unbox(adapters(key)), out_shardings=layout)(key)
+    return replace(loaded, spec=spec, params=adaptation.merge(loaded.params, fresh))
 
 
 @dataclass(frozen=True)
@@ -66,11 +83,13 @@ class FromPretrained:
     """What the backward pass recomputes: nothing, whole blocks, or all but the matrix products."""
     unroll: int = 1
     """How many blocks the loop over layers unrolls."""
+    lora: Lora | None = None
+    """Adapters, which alone are trained, over the frozen model; none: all weights are trained."""
 
     @property
     def spec(self) -> ModelSpec:
         """Shape from the model's own description, no weights; numerics from the fields here."""
-        return replace(self._described(), dtype=self.compute, remat=self.remat, unroll=self.unroll)
+        return replace(self._described(), dtype=self.compute, remat=self.remat, unroll=self.unroll, lora=self.lora)
 
     def load(self, *, data: MovieReviews, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
         """Parameters and tokenizer as the files have them."""
