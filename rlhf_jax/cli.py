@@ -1,4 +1,4 @@
-"""The command `rlhf-jax`: run an experiment, sample from it, score with it, draw its report."""
+"""The command `rlhf-jax`: run an experiment, sample from it, score with it, draw its report, export its models."""
 
 import contextlib
 import difflib
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -22,6 +22,7 @@ USAGE = """usage: rlhf-jax COMMAND …
   sample WORKDIR --prompt TEXT [--n 4] [--json]            complete a prompt with a run's newest policy
   score WORKDIR --input FILE [--json]                      try a run's reward model on a JSONL file
   report WORKDIR                                           draw report.html again
+  export WORKDIR --to DIR [--stage ppo]                    write a stage's model as transformers reads it
 
 CONFIG is a Python file with get_config(), such as configs/quickstart.py; WORKDIR the folder of a run, by default
 runs/<name of the config>. `rlhf-jax run CONFIG --help` lists every field, `rlhf-jax COMMAND --help` says more.
@@ -86,6 +87,20 @@ class ReportArgs:
 
     workdir: tyro.conf.Positional[Path]
     """A run's folder."""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a stage's model as a folder that transformers loads: config.json, safetensors, tokenizer."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR|bundled")]
+    """A run's folder; or "bundled", the base model in the package."""
+    to: Path
+    """The folder to make; one that is not empty is left as it is."""
+    stage: str | None = None
+    """The stage, of either kind; none: the last finished one that made a policy."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,6 +208,16 @@ def _report(args: list[str]) -> None:
     print(report.write(a.workdir))
 
 
+def _export(args: list[str]) -> None:
+    a = _parse(ExportArgs, "export", args)
+    from rlhf_jax import inference
+
+    with contextlib.redirect_stdout(sys.stderr):
+        _start()
+        stage, note = inference.export_stage(inference.open_run(a.workdir), a.to, stage=a.stage, dtype=a.dtype)
+    print(f"{a.to}: the model of stage {stage}" + (f"\n{note}" if note else ""))
+
+
 def _parse(arguments: type[T], command: str, args: list[str]) -> T:
     return tyro.cli(arguments, prog=f"rlhf-jax {command}", args=args, use_underscores=True)
 
@@ -204,4 +229,10 @@ def _start() -> None:
     start_backend(MeshConfig())
 
 
-_COMMANDS: dict[str, Callable[[list[str]], Any]] = {"run": _run, "sample": _sample, "score": _score, "report": _report}
+_COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "run": _run,
+    "sample": _sample,
+    "score": _score,
+    "report": _report,
+    "export": _export,
+}

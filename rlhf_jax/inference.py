@@ -18,8 +18,9 @@ from rlhf_jax.data.text import fitted
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals import evaluate_pairs
 from rlhf_jax.evals.ranking import evaluate_ranking
-from rlhf_jax.interop.pretrained import Bundled, Scratch
+from rlhf_jax.interop import Bundled, FromPretrained, Pretrained, Scratch, export
 from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.models.spec import DType
 from rlhf_jax.rewards.network import RewardNetwork
 from rlhf_jax.run import STAGES
 from rlhf_jax.sampling import Sampler, Sampling
@@ -27,7 +28,7 @@ from rlhf_jax.sampling import Sampler, Sampling
 BUNDLED = "bundled"
 """Where a workdir may stand, the model in the package."""
 
-MODELS = (Bundled, Scratch)
+MODELS = (Bundled, Scratch, FromPretrained)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,20 @@ def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
     scores = network(context.network(name), rows)
     targets = [one.score for one in judged if isinstance(one, Scored)]
     return {**_agreement(scores, targets, path), "cut": cut, "stage": name}
+
+
+def export_stage(run: Run, folder: Path, *, stage: str | None, dtype: DType) -> tuple[str, str | None]:
+    """Write a stage's policy or reward model for transformers; returns the stage and what a reader must know.
+
+    Without a stage it is the last policy. Raises UserError as `interop.export` does.
+    """
+    context = run.context
+    if stage is not None and stage in run.stages and run.stages[stage].produces == "reward":
+        name, params = stage, context.network(stage)
+    else:
+        name = run.pick(stage, "policy")
+        params = context.policy(name)
+    return name, export(Pretrained(context.spec, params, context.tokenizer), folder, dtype=dtype)
 
 
 def _agreement(scores: np.ndarray, targets: Sequence[float], path: Path) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from rlhf_jax import __version__
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.families import Family, Source, sizes, written_as
 from rlhf_jax.interop.hf_folder import CONFIG, parameter_shapes
-from rlhf_jax.interop.pretrained import TOKENIZER_FILE, Pretrained
+from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.safetensors_io import DTYPES, INDEX, SINGLE, write
-from rlhf_jax.interop.tokenizers import SentencePiece
 from rlhf_jax.models import lora
 from rlhf_jax.models.spec import DType, ModelSpec
 from rlhf_jax.types import Params
@@ -214,8 +213,8 @@ def _config(plan: _Plan, model: Pretrained, dtype: DType) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, model: Pretrained) -> None:
-    if isinstance(model.tokenizer, SentencePiece):
-        (folder / TOKENIZER_FILE).write_bytes(model.tokenizer.model)
+    for name, content in ({} if model.tokenizer is None else model.tokenizer.files()).items():
+        (folder / name).write_bytes(content)
 
 
 def _card(plan: _Plan, note: str | None) -> str:

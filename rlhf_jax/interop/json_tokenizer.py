@@ -1,5 +1,6 @@
 """Tokenizers of the `tokenizers` library: a Hugging Face folder's tokenizer.json, and what GGUF vocabularies become."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,14 @@ class JsonTokenizer:
         """Whether a token begins with a space."""
         piece = self._core.id_to_token(int(token))
         return piece is not None and piece.startswith(self._spaces)
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, the special tokens that training used, and the chat template."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {name: self._core.id_to_token(id) for name, id in ids.items()}
+        found = {_TOKENIZER: self._core.to_str().encode(), _CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
+        return found if self.chat is None else found | {_TEMPLATE_FILE: self.chat.source.encode()}
 
     def encode_spans(self, text: str, spans: Iterable[Span]) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether it has a character of one of the spans."""

@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.interop import workdir as runs
 from rlhf_jax.interop.hf_folder import CONFIG, folder_spec, load_folder
 from rlhf_jax.interop.pretrained import Bundled, Pretrained, Scratch
-from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.interop.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import lora as adaptation
 from rlhf_jax.models.spec import DType, Lora, ModelSpec, Remat
 from rlhf_jax.types import Key, Params
@@ -22,7 +22,6 @@ DTYPES = ("float32", "bfloat16")
 
 # What a model and its tokenizer are made of; nothing pickled, no code.
 _FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -51,7 +50,7 @@ def load_pretrained(
     if stage is not None:
         return _adapted(runs.load_stage(*stage, CLASSES, dtype=dtype, mesh=mesh), lora, mesh)
     spec, params = load_folder(folder, dtype=dtype, mesh=mesh)
-    return _adapted(Pretrained(spec, params, _tokenizer(folder)), lora, mesh)
+    return _adapted(Pretrained(spec, params, load_tokenizer(folder)), lora, mesh)
 
 
 def _adapted(loaded: Pretrained, lora: Lora | None, mesh: Mesh | None) -> Pretrained:
@@ -106,7 +105,7 @@ class FromPretrained:
             return gguf_tokenizer(path)
         folder = _folder(path, configs_only=False)
         stage = runs.find_stage(folder)
-        return _tokenizer(folder) if stage is None else runs.stage_model(stage[0], CLASSES).tokenizer(stage[0])
+        return load_tokenizer(folder) if stage is None else runs.stage_model(stage[0], CLASSES).tokenizer(stage[0])
 
     def _described(self) -> ModelSpec:
         path = Path(self.path)
@@ -154,11 +153,3 @@ def _check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path}: no GGUF file; a Hugging Face model is named by its folder")
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        return None
-    from rlhf_jax.interop import tokenizers
-
-    return tokenizers.load_tokenizer(folder)

@@ -1,6 +1,7 @@
 """Tokenizers: what the stages need of one, and SentencePiece; `json_tokenizer` has those of the tokenizers library."""
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,10 @@ class Tokenizer(Protocol):
 
     def starts_word(self, token: int) -> bool:
         """Whether a token begins with a space: a text may be cut before it without splitting a word."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """What a Hugging Face folder holds of it, by the names of the files."""
         ...
 
 
@@ -67,6 +72,21 @@ class SentencePiece:
     def starts_word(self, token: int) -> bool:
         """Whether a token begins with a space."""
         return self._processor.id_to_piece(int(token)).startswith("\u2581")
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.model, and a tokenizer_config.json by which transformers makes the same tokens of it."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        ids["unk_token"] = self._processor.unk_id()
+        begin = self._processor.id_to_piece(self._processor.encode("a")[0])
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": begin.startswith("\u2581"),
+            "add_bos_token": False,
+            "add_eos_token": False,
+            **{name: self._processor.id_to_piece(id) for name, id in ids.items() if id >= 0},
+        }
+        return {"tokenizer.model": self.model, "tokenizer_config.json": json.dumps(config, indent=2).encode() + b"\n"}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
