@@ -25,7 +25,7 @@ ERROR_LIMIT = 0.2  # of AdaptiveKL's proportional error: Ziegler et al. 2019, se
 
 @typed
 def k1(logps: Float[ArrayLike, "*b"], ref_logps: Float[ArrayLike, "*b"]) -> Float[Array, "*b"]:
-    """The log-ratio log π/π_ref: unbiased, of high variance, and negative half of the time.
+    """The log-ratio log π/π_ref: unbiased, of high variance, and negative half of the time. Schulman 2020.
 
     >>> k1(jnp.array([-1.0]), jnp.array([-1.5]))
     Array([0.5], dtype=float32)
@@ -35,7 +35,7 @@ def k1(logps: Float[ArrayLike, "*b"], ref_logps: Float[ArrayLike, "*b"]) -> Floa
 
 @typed
 def k2(logps: Float[ArrayLike, "*b"], ref_logps: Float[ArrayLike, "*b"]) -> Float[Array, "*b"]:
-    """½ (log π/π_ref)²: biased, of low variance, never negative.
+    """½ (log π/π_ref)²: biased, of low variance, never negative. Schulman 2020.
 
     >>> k2(jnp.array([-1.0]), jnp.array([-1.5]))
     Array([0.125], dtype=float32)
@@ -45,7 +45,7 @@ def k2(logps: Float[ArrayLike, "*b"], ref_logps: Float[ArrayLike, "*b"]) -> Floa
 
 @typed
 def k3(logps: Float[ArrayLike, "*b"], ref_logps: Float[ArrayLike, "*b"]) -> Float[Array, "*b"]:
-    """With r = π_ref/π, r − 1 − log r: unbiased, of low variance, never negative.
+    """With r = π_ref/π, r − 1 − log r: unbiased, of low variance, never negative. Schulman 2020.
 
     Above, log r is clamped at 20 and the gradient becomes 0, lest r overflow; below −20, r is 0 in any case.
 
