@@ -1,0 +1,3 @@
+"""The scripts that make or check numbers run in environments of their own, not under pytest."""
+
+collect_ignore_glob = ["make_*.py", "check_*.py"]
