@@ -20,7 +20,10 @@ Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PATIENCE = 120  # seconds on the clock for one request; the process itself is held to fewer at work
+SECONDS = 10
+"""Processor time that one request may take."""
+
+_PATIENCE = 120  # seconds on the clock, for systems that keep no such limit
 _LONGEST_SOURCE = 2**20
 
 
@@ -160,7 +163,7 @@ class _Worker:
         if importlib.util.find_spec("jinja2") is None:
             raise missing_extra("jinja2", origin)
         # -P: the file's own folder has modules with names of packages.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")), str(SECONDS)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
