@@ -58,18 +58,23 @@ class ChatTemplate:
         """
         return self._ask([(messages, add_generation_prompt)], variables)["texts"][0]
 
-    def render_spans(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The conversation as text, and where in it the assistant's answers stand.
+    def render_spans(self, messages: Messages, *, start: int = 0) -> tuple[str, list[Span]]:
+        """The conversation as text, and where in it the assistant's answers stand, from the message `start` on.
 
         A template's own {% generation %} blocks say so; without them an answer is what the text of the turns up to it
         has more than the text up to its generation prompt, no further than the token that ends it.
         """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        late = [i for i in turns if i >= start]
         if _GENERATION.search(self.source):
             reply = self._ask([(messages, False)], None, marked=True)
             if reply["spans"] is None:
                 raise UserError(f"{self.origin}: the chat template changes what its generation blocks hold")
-            return reply["texts"][0], [(begin, end) for begin, end in reply["spans"]]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            spans = [(begin, end) for begin, end in reply["spans"]]
+            if late != turns and len(spans) != len(turns):
+                raise UserError(f"{self.origin}: the chat template has not one generation block for each answer")
+            return reply["texts"][0], spans if late == turns else spans[len(turns) - len(late) :]
+        turns = late
         parts = [(messages[: i + 1], False) for i in turns] + [(messages[:i], True) for i in turns if i]
         text, *rest = self._ask([(messages, False), *parts], None)["texts"]
         through, before = rest[: len(turns)], rest[len(turns) :]

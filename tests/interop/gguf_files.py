@@ -2,10 +2,12 @@
 
 import struct
 
-import gguf
 import numpy as np
+import pytest
 
 from tests.interop.folders import weights
+
+gguf = pytest.importorskip("gguf")
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2"} | {
     "gemma3_text": "gemma3"

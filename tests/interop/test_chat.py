@@ -191,3 +191,14 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_the_worker_imports_nothing_of_the_package():
     source = Path(chat_worker.__file__).read_text()
     assert "rlhf_jax" not in source
+
+
+def test_only_the_late_answers_count():
+    source = CHATML.replace("{%- generation %}{{ message", "{{- message").replace("{%- endgeneration %}", "")
+    for template in (ChatTemplate(CHATML, end="<|im_end|>"), ChatTemplate(source, end="<|im_end|>")):
+        _, both = template.render_spans(TALK)
+        for start, kept in ((0, both), (1, both), (2, both[1:]), (3, both[1:]), (4, [])):
+            assert template.render_spans(TALK, start=start)[1] == kept
+    parts = "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
+    with pytest.raises(UserError, match="not one generation block for each answer"):
+        ChatTemplate(parts, origin="it").render_spans(TALK, start=2)
