@@ -36,8 +36,11 @@ setup(
         "vaderSentiment==3.3.2",
     ],
     extras_require={
-        "test": ["pytest>=9", "hypothesis>=6.100", "ruff", "pyright", "tokenizers>=0.22", "jinja2>=3.1", "gguf>=0.17"],
-        "hf": ["tokenizers>=0.22", "jinja2>=3.1", "gguf>=0.17", "huggingface_hub>=0.35"],
+        "test": [
+            *("pytest>=9", "hypothesis>=6.100", "ruff", "pyright"),
+            *("tokenizers>=0.22", "jinja2>=3.1.6", "gguf>=0.17"),  # what reads models' files, of "hf"
+        ],
+        "hf": ["tokenizers>=0.22", "jinja2>=3.1.6", "gguf>=0.17", "huggingface_hub>=0.35"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "wandb": ["wandb"],

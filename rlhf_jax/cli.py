@@ -19,7 +19,7 @@ from rlhf_jax.errors import UserError
 USAGE = """usage: rlhf-jax COMMAND …
 
   run CONFIG [--workdir DIR] [--FIELD VALUE …]             train an experiment, or go on with it
-  sample WORKDIR --prompt TEXT [--n 4] [--json]            complete a prompt with a run's newest policy
+  sample WORKDIR --prompt TEXT [--n 4] [--json]            complete a prompt with a run's newest policy, or a .gguf file
   score WORKDIR --input FILE [--json]                      try a run's reward model on a JSONL file
   report WORKDIR                                           draw report.html again
   export WORKDIR --to DIR [--stage ppo]                    write a stage's model as transformers reads it
@@ -43,12 +43,14 @@ _BEGAN = time.monotonic()  # importing JAX and the like is part of what a run ta
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Complete a prompt with a run's policy, or with the base model in the package."""
+    """Complete a prompt with a run's policy, the base model in the package, or a pretrained model."""
 
-    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR|bundled")]
-    """A run's folder; or "bundled", the base model in the package."""
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR|MODEL|bundled")]
+    """A run's folder; a .gguf file or a Hugging Face folder; or "bundled", the base model in the package."""
     prompt: str
     """The text to go on from."""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The prompt is the user's turn, put into the model's chat template."""
     n: int = 4
     """Completions."""
     stage: str | None = None
@@ -175,7 +177,14 @@ def _sample(args: list[str]) -> None:
         _start()
         run = inference.open_run(a.workdir)
         result = inference.sample(
-            run, a.prompt, stage=a.stage, n=a.n, max_tokens=a.max_tokens, sampling=sampling, seed=a.seed
+            run,
+            a.prompt,
+            stage=a.stage,
+            n=a.n,
+            max_tokens=a.max_tokens,
+            sampling=sampling,
+            seed=a.seed,
+            chat=a.chat,
         )
     if a.json:
         print(json.dumps(result))

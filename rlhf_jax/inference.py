@@ -19,6 +19,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals import evaluate_pairs
 from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.interop import Bundled, FromPretrained, Pretrained, Scratch, export
+from rlhf_jax.interop.json_tokenizer import JsonTokenizer
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models.spec import DType
 from rlhf_jax.rewards.network import RewardNetwork
@@ -54,10 +55,16 @@ class Run:
 def open_run(workdir: Path) -> Run:
     """The run in a folder, read from its config.json; "bundled", unless there is such a folder, is the package's model.
 
+    A .gguf file or a Hugging Face folder is a run without stages, too.
     Raises UserError where there is no run, or not one that this version can read.
     """
     if str(workdir) == BUNDLED and not workdir.exists():
         return Run(_context(Experiment(Bundled(), MovieReviews(), {}), workdir), {})
+    if workdir.is_file() or any(workdir.glob("*.safetensors*")):
+        context = _context(Experiment(FromPretrained(str(workdir)), MovieReviews(), {}), workdir)
+        if context.model.tokenizer is None:
+            raise UserError(f"{workdir}: this model comes without a tokenizer")
+        return Run(context, {})
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir}: no run (there is no config.json in it), and not {BUNDLED!r}")
@@ -70,12 +77,20 @@ def open_run(workdir: Path) -> Run:
 
 
 def sample(
-    run: Run, prompt: str, *, stage: str | None, n: int, max_tokens: int, sampling: Sampling, seed: int
+    run: Run,
+    prompt: str,
+    *,
+    stage: str | None,
+    n: int,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    chat: bool = False,
 ) -> dict[str, Any]:
-    """N completions of a prompt: {"prompt", "stage", "completions": [{"text", "ended", "tokens"}]}."""
+    """N completions of a prompt, or answers: {"prompt", "stage", "completions": [{"text", "ended", "tokens"}]}."""
     context, tokenizer = run.context, run.context.tokenizer
     name = run.pick(stage, "policy")
-    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    tokens = _chat_prompt(run, prompt) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(tokens) + max_tokens > context.spec.max_len:
         raise UserError(
             f"--prompt has {len(tokens)} tokens (with BOS) and --max_tokens is {max_tokens}: more than the model's "
@@ -93,6 +108,14 @@ def sample(
     samples = sampler(context.policy(name), [tokens] * n, jax.random.key(seed))
     completions = [{"text": tokenizer.decode(s.tokens), "ended": s.ended, "tokens": len(s.tokens)} for s in samples]
     return {"prompt": prompt, "stage": name, "completions": completions}
+
+
+def _chat_prompt(run: Run, prompt: str) -> list[int]:
+    """The prompt as the user's turn, by the model's chat template."""
+    tokenizer = run.context.tokenizer
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise UserError(f"{run.context.workdir}: --chat: this model's tokenizer has no chat template")
+    return tokenizer.encode_chat_prompt([{"role": "user", "content": prompt}])
 
 
 def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:

@@ -57,17 +57,17 @@ class TestCommands:
     def test_help(self, call):
         code, out, err = call("--help")
         assert (code, err) == (0, "")
-        assert all(f"\n  {command} " in out for command in ("run", "sample", "score", "report"))
+        assert all(f"\n  {command} " in out for command in ("run", "sample", "score", "report", "export"))
         assert call()[::2] == (2, out)
 
     def test_unknown(self, call):
         assert error(call("rnu")) == "no command 'rnu'; did you mean 'run'?"
-        assert error(call("zzz")) == "no command 'zzz'; there are run, sample, score, report"
+        assert error(call("zzz")) == "no command 'zzz'; there are run, sample, score, report, export"
 
     def test_version(self, call):
         assert call("--version") == (0, f"rlhf_jax {__version__}\n", "")
 
-    @pytest.mark.parametrize("command", ["sample", "score", "report"])
+    @pytest.mark.parametrize("command", ["sample", "score", "report", "export"])
     def test_each_has_help(self, command, call):
         code, out, _ = call(command, "--help")
         assert code == 0

@@ -14,6 +14,7 @@ from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment, to_dict
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
+from rlhf_jax.interop import load_pretrained
 from rlhf_jax.interop.pretrained import TOKENIZER_FILE, Pretrained
 from rlhf_jax.interop.tokenizers import SentencePiece
 from rlhf_jax.models import ModelSpec
@@ -204,3 +205,28 @@ def test_bundled_is_the_model_in_the_package(tmp_path, monkeypatch):
     run = inference.open_run(inference.Path("bundled"))
     assert run.pick(None, "policy") == "base"
     assert "there is none" in refused(run.pick, None, "reward")
+
+
+class TestExport:
+    def test_the_last_policy_by_default(self, run, tmp_path):
+        assert inference.export_stage(run, tmp_path / "out", stage=None, dtype="float32") == ("sft", None)
+        loaded = load_pretrained(tmp_path / "out")
+        np.testing.assert_array_equal(
+            loaded.params["layers"]["mlp"]["up"], params(models.init, 1)["layers"]["mlp"]["up"]
+        )
+        assert loaded.tokenizer.encode("a film") == run.context.tokenizer.encode("a film")
+
+    def test_a_reward_model_by_name(self, run, tmp_path):
+        name, note = inference.export_stage(run, tmp_path / "out", stage="reward_model", dtype="bfloat16")
+        assert name == "reward_model" and "bias" in note
+        assert set(load_pretrained(tmp_path / "out").params) == {"trunk", "head"}
+
+    def test_what_cannot_be_exported_leaves_nothing(self, run, tmp_path):
+        message = refused(inference.export_stage, run, tmp_path / "out", stage="sft2", dtype="float32")
+        assert "--stage sft2: no finished stage of that name made a policy; there are: base, sft" in message
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("mine")
+        assert "not an empty folder" in refused(
+            inference.export_stage, run, tmp_path / "mine", stage="sft", dtype="float32"
+        )
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes.txt"]

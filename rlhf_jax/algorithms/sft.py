@@ -13,6 +13,7 @@ from rlhf_jax.data.formats import Example, hold_out, read_examples
 from rlhf_jax.data.pipeline import packed
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.text import CHARACTERS_A_TOKEN, Row, fitted, opening
+from rlhf_jax.interop.json_tokenizer import JsonTokenizer
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.numerics import require
 
@@ -41,7 +42,10 @@ class Openings:
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of a JSONL file: {"prompt", "completion"}, {"messages"} or {"text"}; the last share of them is held out."""
+    """Rows of a JSONL file: {"prompt", "completion"}, {"messages"} or {"text"}; the last share of them is held out.
+
+    Conversations go by the tokenizer's chat template, where it has one, and all that the assistant says is learnt.
+    """
 
     path: Path
     """The file."""
@@ -86,7 +90,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, float]:
         make_row = opening_row(config.data, context.tokenizer)
         sources: tuple[Sequence[Any], Sequence[Any]] = context.reviews.train, context.reviews.validation
     else:
-        make_row = _example_row(context.tokenizer, config.row_length)
+        make_row = example_row(context.tokenizer, config.row_length)
         sources = _split(config.data)
 
     def batches(source: Sequence[Any], seed: int) -> Any:
@@ -121,9 +125,15 @@ def opening_row(data: Openings, tokenizer: Tokenizer) -> MakeRow:
     return make_row
 
 
-def _example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
-    def make_row(example: Example, rng: np.random.Generator) -> Row:
+def example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
+    """An example to a row whose completion, or whose assistant's answers by a chat template, are counted."""
+    chat = tokenizer if isinstance(tokenizer, JsonTokenizer) and tokenizer.chat is not None else None
+
+    def make_row(example: Example, rng: np.random.Generator) -> Row | None:
         del rng
+        if chat is not None and example.messages:
+            tokens, counted = chat.encode_chat(example.messages, start=example.learnt_from)
+            return chat_row(tokens, counted, length=row_length)
         prompt = [tokenizer.bos_id, *tokenizer.encode(example.prompt)]
         completion = [*tokenizer.encode(example.completion), tokenizer.eos_id]
         return _row(*fitted(prompt, completion, length=row_length))
@@ -132,8 +142,21 @@ def _example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
 
 
 def _is_cut(example: Example, tokenizer: Tokenizer, row_length: int) -> bool:
-    """Whether an example, with BOS and EOS, loses tokens in a row of its own."""
+    """Whether an example, with BOS and EOS or in its chat template, loses tokens in a row of its own."""
+    if isinstance(tokenizer, JsonTokenizer) and tokenizer.chat is not None and example.messages:
+        return len(tokenizer.encode_chat(example.messages, start=example.learnt_from)[0]) > row_length
     return len(tokenizer.encode(example.prompt)) + len(tokenizer.encode(example.completion)) + 2 > row_length
+
+
+def chat_row(tokens: Sequence[int], counted: Sequence[bool], *, length: int) -> Row | None:
+    """A conversation as a row of at most `length` tokens; None where no token of it counts.
+
+    Of what stands before the first answer the beginning goes first, its first token left; then the row's end.
+    """
+    first = max(1, counted.index(True)) if True in counted else len(tokens)
+    prompt, rest = fitted(tokens[:first], tokens[first:], length=length)
+    mask = [False] * len(prompt) + list(counted[first : first + len(rest)])
+    return Row([*prompt, *rest], mask) if any(mask) else None
 
 
 def _row(prompt: list[int], completion: list[int]) -> Row:

@@ -1,11 +1,12 @@
 """JSONL files in TRL's formats, read strictly: an error names the file, the line and the field.
 
-Conversations (lists of {"role", "content"}) become plain text, since a base model's tokenizer has no chat template.
+Conversations (lists of {"role", "content"}) become plain text, since a base model's tokenizer has no chat template; an
+example keeps its messages too, for a tokenizer that has one.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,10 @@ class Example:
 
     prompt: str
     completion: str
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The conversation, where the file has one; by a chat template all that the assistant says in it is learnt …"""
+    learnt_from: int = 0
+    """… from this message on."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Rows of prompt and completion, of messages (the last one is the completion), or of text."""
+    """Rows of prompt and completion, of messages (as plain text the last one is the completion), or of text."""
     return _read(path, _example)
 
 
@@ -176,15 +181,21 @@ def _pair(row: _Row) -> Pair:
 def _example(row: _Row) -> Example:
     if "messages" in row.fields:
         messages = row.messages("messages")
-        return Example(render(messages[:-1]), render(messages[-1:]))
+        return Example(render(messages[:-1]), render(messages[-1:]), _for_template(messages))
     if "completion" in row.fields:
         if row.is_list("completion"):
-            prompt = render(row.messages("prompt", prompt=True))
-            return Example(prompt, render(row.messages("completion")))
+            prompt, completion = row.messages("prompt", prompt=True), row.messages("completion")
+            messages = _for_template([*prompt, *completion])
+            return Example(render(prompt), render(completion), messages, learnt_from=len(prompt))
         return Example(row.text("prompt", empty=True), row.text("completion"))
     if "text" in row.fields:
         return Example("", row.text("text"))
     raise row.error(f"expected 'prompt' and 'completion', 'messages', or 'text'; the row has {row.names}")
+
+
+def _for_template(messages: Sequence[Mapping[str, str]]) -> tuple[Mapping[str, str], ...]:
+    """The messages with the one role that templates call otherwise."""
+    return tuple({**message, "role": "user"} if message["role"] == "human" else message for message in messages)
 
 
 def _scored(row: _Row) -> Scored:

@@ -20,7 +20,10 @@ Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PATIENCE = 120  # seconds on the clock for one request; the process itself is held to fewer at work
+SECONDS = 10
+"""Processor time that one request may take."""
+
+_PATIENCE = 120  # seconds on the clock, for systems that keep no such limit
 _LONGEST_SOURCE = 2**20
 
 
@@ -55,18 +58,23 @@ class ChatTemplate:
         """
         return self._ask([(messages, add_generation_prompt)], variables)["texts"][0]
 
-    def render_spans(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The conversation as text, and where in it the assistant's answers stand.
+    def render_spans(self, messages: Messages, *, start: int = 0) -> tuple[str, list[Span]]:
+        """The conversation as text, and where in it the assistant's answers stand, from the message `start` on.
 
         A template's own {% generation %} blocks say so; without them an answer is what the text of the turns up to it
         has more than the text up to its generation prompt, no further than the token that ends it.
         """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        late = [i for i in turns if i >= start]
         if _GENERATION.search(self.source):
             reply = self._ask([(messages, False)], None, marked=True)
             if reply["spans"] is None:
                 raise UserError(f"{self.origin}: the chat template changes what its generation blocks hold")
-            return reply["texts"][0], [(begin, end) for begin, end in reply["spans"]]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            spans = [(begin, end) for begin, end in reply["spans"]]
+            if late != turns and len(spans) != len(turns):
+                raise UserError(f"{self.origin}: the chat template has not one generation block for each answer")
+            return reply["texts"][0], spans if late == turns else spans[len(turns) - len(late) :]
+        turns = late
         parts = [(messages[: i + 1], False) for i in turns] + [(messages[:i], True) for i in turns if i]
         text, *rest = self._ask([(messages, False), *parts], None)["texts"]
         through, before = rest[: len(turns)], rest[len(turns) :]
@@ -160,7 +168,7 @@ class _Worker:
         if importlib.util.find_spec("jinja2") is None:
             raise missing_extra("jinja2", origin)
         # -P: the file's own folder has modules with names of packages.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")), str(SECONDS)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )

@@ -28,8 +28,6 @@ import jinja2.sandbox
 
 MEMORY = 2**30
 """Bytes of address space."""
-SECONDS = 10
-"""Of processor time, for one request."""
 LONGEST = 2**25
 """Characters of one rendered conversation."""
 
@@ -147,21 +145,22 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _limit_time() -> None:
+def _limit_time(seconds: int) -> None:
     """The system ends the process after so many more seconds at work."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         usage = resource.getrusage(resource.RUSAGE_SELF)
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime) + SECONDS + 1, hard))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime) + seconds + 1, hard))
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until there are no more; the argument is the seconds that each may be at work."""
+    seconds = int(sys.argv[1])
     _limit_memory()
     for line in sys.stdin.buffer:
-        _limit_time()
+        _limit_time(seconds)
         reply = answer(json.loads(line))
         if "error" in reply:
             reply["error"] = reply["error"].encode(errors="replace").decode()[:300]

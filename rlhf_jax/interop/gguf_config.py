@@ -52,6 +52,8 @@ def read_config(file: GgufFile) -> Fields:
     }
     if name in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if name == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if name == "llama" and f"{name}.attention.sliding_window" in file.fields:
         raise file.wrong(f"{name}.attention.sliding_window", "not supported in this architecture")
     if name in ("gemma2", "gemma3"):

@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import __version__
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.families import Family, Source, sizes, written_as
-from rlhf_jax.interop.hf_folder import CONFIG, parameter_shapes
+from rlhf_jax.interop.hf_folder import BIAS, CONFIG, parameter_shapes
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.safetensors_io import DTYPES, INDEX, SINGLE, write
 from rlhf_jax.models import lora
@@ -208,7 +208,7 @@ def _config(plan: _Plan, model: Pretrained, dtype: DType) -> dict[str, Any]:
     else:
         config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if plan.head is not None:
-        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "score_bias": plan.bias}
+        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, BIAS: plan.bias}
     return config
 
 

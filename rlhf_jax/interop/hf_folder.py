@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,11 @@ CONFIG = "config.json"
 # In folders of older versions of transformers; nothing is learnt in them.
 _NO_PARAMETERS = (r".*\.rotary_emb\.inv_freq",)
 
+BIAS = "score_bias"
+"""The field of config.json in which `export` keeps what transformers' score heads have no place for."""
+
+_TRUNK, _KERNEL = "trunk/", "head/kernel"
+
 
 def folder_spec(folder: Path) -> ModelSpec:
     """The ModelSpec of a folder, from its config.json alone."""
@@ -35,34 +41,52 @@ def load_folder(folder: Path, *, dtype: DType = "float32", mesh: Mesh | None = N
 
     The parameters are of `dtype`, those of norms of float32, and lie on the mesh (or the first device) as training
     wants them. A stacked parameter is put together a device's shard at a time, so that the host holds one shard of one
-    parameter and a few megabytes more. Raises UserError that names the file and the tensor or field.
+    parameter and a few megabytes more. A …ForSequenceClassification with one label is a reward model {"trunk",
+    "head"}. Raises UserError that names the file and the tensor or field.
     """
     config, there = read_json(folder / CONFIG), folder / CONFIG
     family, spec = family_of(config, there), read_spec(config, there)
-    stored = read_folder(folder)
+    is_reward, stored = _is_reward(config), read_folder(folder)
     # Checked before anything is made of the spec's sizes, which are only a file's claim so far.
-    sources = {path: _Stacked(folder, family, source, spec, stored) for path, source in _needed(family, spec, stored)}
+    needed = _needed(family, spec, is_reward=is_reward)
+    sources = {path: _Stacked(folder, family, source, spec, stored) for path, source in needed}
     _check_nothing_is_left(folder, family, spec, stored, sources.values())
-    boxed = _abstract(spec)
+    boxed = _abstract(spec, is_reward)
     layout = sharding.shardings(sharding.single_device_mesh() if mesh is None else mesh, boxed)
 
     def make(path: tuple, shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return sources[name].put(shape.shape, _stored_dtype(name, dtype), place)
+        if name == "head/bias":
+            return jax.device_put(np.asarray(_bias(config, there), np.float32), place)
+        kind = np.dtype(np.float32) if name == _KERNEL else _stored_dtype(name, dtype)
+        return sources[name.removeprefix(_TRUNK)].put(shape.shape, kind, place)
 
     return spec, jax.tree_util.tree_map_with_path(make, sharding.unbox(boxed), layout)
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Path and shape of every parameter of a language model."""
-    leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(_abstract(spec)))
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(_abstract(spec, False)))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(spec: ModelSpec) -> Any:
+def _abstract(spec: ModelSpec, is_reward: bool) -> Any:
     """Shapes of parameters in boxes with the names of their axes."""
-    return jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
+    init = models.init_with_head if is_reward else models.init
+    return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
+
+
+def _is_reward(config: Mapping[str, Any]) -> bool:
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(str(name).endswith("ForSequenceClassification") for name in classes)
+
+
+def _bias(config: Mapping[str, Any], path: Path) -> float:
+    value = config.get(BIAS, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: {BIAS}: expected a number, got {str(value)[:80]!r}")
+    return float(value)
 
 
 def _stored_dtype(path: str, dtype: DType) -> np.dtype:
@@ -70,12 +94,15 @@ def _stored_dtype(path: str, dtype: DType) -> np.dtype:
     return np.dtype(np.float32) if "norm/" in path else np.dtype(jnp.dtype(dtype))
 
 
-def _needed(family: Family, spec: ModelSpec, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Source]]:
+def _needed(family: Family, spec: ModelSpec, *, is_reward: bool) -> Iterator[tuple[str, Source]]:
     """The table's entries for parameters that the spec has."""
     one_layer = {name: value for name, value in vars(spec).items() if name not in ("n_layers", "local_layers")}
     small = ModelSpec(**one_layer, n_layers=1)
     for path in parameter_shapes(small):
-        yield path, family.table[path]
+        if not (is_reward and path == "unembedding"):
+            yield path, family.table[path]
+    if is_reward:
+        yield _KERNEL, Source("score.weight", "1 d -> d")
 
 
 class _Stacked:

@@ -90,9 +90,12 @@ class JsonTokenizer:
         mask = [any(inside[begin : max(end, begin + 1)]) for begin, end in encoding.offsets]
         return encoding.ids, mask
 
-    def encode_chat(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """A conversation by the chat template; the mask counts what the assistant says, with the token that ends it."""
-        return self.encode_spans(*self._template().render_spans(messages))
+    def encode_chat(self, messages: Messages, *, start: int = 0) -> tuple[list[int], list[bool]]:
+        """A conversation by the chat template, and what of it the assistant says, with the token that ends it.
+
+        Answers before the message `start` do not count.
+        """
+        return self.encode_spans(*self._template().render_spans(messages, start=start))
 
     def encode_chat_prompt(self, messages: Messages, *, variables: Mapping[str, Any] | None = None) -> list[int]:
         """A conversation by the chat template, up to where the assistant's answer begins."""

@@ -31,9 +31,10 @@ def load_pretrained(
     """A model to start from: description, parameters on their devices, and its tokenizer where there is one.
 
     `path` is a Hugging Face folder (config.json and safetensors), a .gguf file, the workdir of a run of ours (its last
-    policy) or a stage's folder in it, or a name on the Hugging Face hub where `huggingface_hub` is installed.
-    `dtype` is that of the parameters; those of norms are float32. They lie as training wants them on the mesh, or on
-    the first device. With `lora` fresh adapters are among them, which change nothing yet.
+    policy) or a stage's folder in it, or a name on the Hugging Face hub where `huggingface_hub` is installed. What
+    scores a sequence (…ForSequenceClassification with one label, a stage that made a reward model) has the parameters
+    {"trunk", "head"}. `dtype` is that of the parameters; those of norms are float32. They lie as training wants them
+    on the mesh, or on the first device. With `lora` fresh adapters are among them, which change nothing yet.
 
     Raises UserError that names the file and the field or tensor for whatever is wrong with it.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import UserError
@@ -24,14 +24,14 @@ DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
 }
 """Types that weights come in."""
 
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8,
           "U64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}  # fmt: skip
 _MAX_JSON = 16 * 2**20  # a header of a model has a few hundred thousand bytes
-_PIECE = 4 * 2**20  # bytes read at once
+_PIECE = 2**20  # bytes read at once
 
 
 @dataclass(frozen=True)

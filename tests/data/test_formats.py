@@ -64,8 +64,15 @@ def test_pairs(write, row, expected):
         ({"prompt": "p", "completion": "c"}, Example("p", "c")),
         ({"prompt": "", "completion": "c"}, Example("", "c")),
         ({"text": "a text"}, Example("", "a text")),
-        ({"messages": [USER, ASSISTANT]}, Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.")),
-        ({"prompt": [USER], "completion": [ASSISTANT]}, Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.")),
+        ({"messages": [USER, ASSISTANT]}, Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.", (USER, ASSISTANT))),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT]},
+            Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.", (USER, ASSISTANT), learnt_from=1),
+        ),
+        (
+            {"messages": [{"role": "human", "content": "Hi."}, ASSISTANT]},
+            Example("\n\nHuman: Hi.", "\n\nAssistant: Hello.", (USER, ASSISTANT)),
+        ),
     ],
 )
 def test_examples(write, row, expected):
@@ -172,7 +179,10 @@ def test_any_json_is_read_whole_or_refused_in_one_line(tmp_path_factory, rows):
             continue
         assert len(parsed) == len(rows)
         for fields in map(vars, parsed):
-            assert all(fields[name].strip() for name in fields.keys() - {"prompt", "margin", "score"})
+            assert all(
+                fields[name].strip()
+                for name in fields.keys() - {"prompt", "margin", "score", "messages", "learnt_from"}
+            )
             assert all(isinstance(value, str) or math.isfinite(value) for value in fields.values())
 
 

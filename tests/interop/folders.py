@@ -1,8 +1,11 @@
 """Small Hugging Face folders, written from drawn numbers."""
 
 import json
+import math
 
-from rlhf_jax.interop.safetensors_io import write
+import numpy as np
+
+from rlhf_jax.interop.safetensors_io import read_header, write
 from tests.oracles_hf.weights import draw
 
 
@@ -32,3 +35,13 @@ def change_config(folder, **fields):
     """Set fields of config.json, or, where the value is `...`, take them out."""
     changed = {name: value for name, value in (read_config(folder) | fields).items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(changed))
+
+
+def read_tensors(path):
+    """The arrays of a float32 file, by name."""
+    data = path.read_bytes()
+    found = read_header(path)
+    return {
+        name: np.frombuffer(data, np.float32, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
+        for name, tensor in found.items()
+    }

@@ -1,4 +1,4 @@
-"""Folders that are written: read back they are the model, transformers loads them, and half of one is nothing."""
+"""Folders that are written: read back they are the model, transformers loads them, half-written ones are nothing."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from rlhf_jax.interop import Bundled, Pretrained, export, hf_export, load_pretra
 from rlhf_jax.interop.families import written_as
 from rlhf_jax.interop.safetensors_io import INDEX, SINGLE
 from rlhf_jax.models.spec import Lora, ModelSpec
-from tests.interop.folders import change_config, read_config, write_case
+from tests.interop.folders import change_config, read_config, read_tensors, write_case, write_tensors
 from tests.oracles_hf.weights import draw, read, tokens
 
 CASES = read()
@@ -188,12 +188,31 @@ class TestRewardModels:
         config = read_config(tmp_path / "out")
         assert config["architectures"] == ["Qwen3ForSequenceClassification"]
         assert config["score_bias"] == pytest.approx(bias) and bias != 0
+        same(load_pretrained(tmp_path / "out").params["head"], model.params["head"])
         assert note is not None and f"{bias:+.6g}" in note and note in (tmp_path / "out" / "README.md").read_text()
 
     def test_layernorm_takes_the_bias_in(self, tmp_path):
         spec = load_pretrained(write_case(tmp_path / "gpt2-a", CASES["gpt2-a"])).spec
         assert export(reward(spec, "reward"), tmp_path / "out") is None
         assert read_config(tmp_path / "out")["score_bias"] == 0
+
+    @pytest.mark.parametrize("case", ["gpt2-b", "llama-a"])
+    def test_are_read_back(self, tmp_path, case):
+        spec = load_pretrained(write_case(tmp_path / case, CASES[case])).spec
+        model = reward(spec, "reward")
+        export(model, tmp_path / "out")
+        again = load_pretrained(tmp_path / "out")
+        assert not spec.tied and "unembedding" not in again.params["trunk"]
+        ids, mask = tokens("reward", spec.vocab_size)
+        found, expected = (models.score(m.spec, m.params, ids, mask) for m in (again, model))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def test_of_several_labels_are_refused(self, tmp_path):
+        export(reward(OURS, "reward"), tmp_path / "out")
+        path = tmp_path / "out" / SINGLE
+        write_tensors(path, read_tensors(path) | {"score.weight": np.zeros((2, OURS.d_model), np.float32)})
+        message = refused(load_pretrained, tmp_path / "out")
+        assert "tensor 'score.weight' has shape (2, 16), config.json makes it (1, 16)" in message
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Every family against transformers: logits and gradients that `tests/oracles_hf/make_families.py` kept as numbers."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +7,11 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.interop import load_pretrained
-from rlhf_jax.interop.families import FAMILIES, read_spec, written_as
+from rlhf_jax.interop.families import FAMILIES
 from rlhf_jax.interop.hf_export import folder_tensors
 from rlhf_jax.logprobs import next_token_logps
-from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.sampling import Sampling, generate
 from tests.interop.folders import write_case
-from tests.oracles_hf.weights import draw, projection, read, tokens
+from tests.oracles_hf.weights import projection, read, tokens
 
 CASES = read()
 TOLERANCE = 2e-5  # transformers itself, in float32 and eager, is no closer to float64

@@ -1,3 +1,3 @@
-"""The scripts that make or check numbers run in environments of their own, not under pytest."""
+"""The scripts that make the numbers import the peers, which the tests do not need: pytest passes them by."""
 
 collect_ignore_glob = ["make_*.py", "check_*.py"]

@@ -79,7 +79,7 @@ def written_as(spec: ModelSpec) -> Family:
     _, nearest, different = min(misses)
     shown = ", ".join(f"{name}={vars(wanted)[name]!r}" for name in different)
     raise UserError(
-        f"no architecture of transformers has these fields of the model; the nearest, {nearest}, has not {shown}"
+        f"no architecture of transformers has these fields of the model; {nearest}, the nearest, lacks {shown}"
     )
 
 

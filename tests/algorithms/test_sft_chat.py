@@ -1,0 +1,78 @@
+"""SFT on conversations by a tokenizer's chat template: what is counted, and what a short row keeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.algorithms import sft
+from rlhf_jax.data.formats import read_examples
+from rlhf_jax.interop.tokenizers import load_tokenizer
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+FOLDER = Path(__file__).parents[1] / "oracles_hf" / "tokenizers" / "byte_level"
+ASK, SAY = {"role": "user", "content": "Is it 12?"}, {"role": "assistant", "content": "It is."}
+AGAIN, NO = {"role": "human", "content": "Sure?"}, {"role": "assistant", "content": "No."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FOLDER)
+
+
+def rows(tmp_path, tokenizer, *lines, length=200):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [sft.example_row(tokenizer, length)(example, None) for example in read_examples(path)]
+
+
+def counted(tokenizer, row):
+    """The texts that are learnt, one a run of tokens."""
+    runs, before = [], False
+    for token, kept in zip(row.tokens, row.loss_mask, strict=True):
+        if kept and not before:
+            runs.append([])
+        if kept:
+            runs[-1].append(token)
+        before = kept
+    assert all(run[-1] == tokenizer.eos_id for run in runs)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_all_that_the_assistant_says_is_learnt(tmp_path, tokenizer):
+    talk = [ASK, SAY, AGAIN, NO]
+    (row,) = rows(tmp_path, tokenizer, {"messages": talk})
+    renamed = [ASK, SAY, {**AGAIN, "role": "user"}, NO]
+    assert row.tokens == tokenizer.encode(tokenizer.chat.render(renamed))
+    assert counted(tokenizer, row) == ["It is.", "No."]
+
+
+def test_a_prompt_is_not_learnt(tmp_path, tokenizer):
+    (row,) = rows(tmp_path, tokenizer, {"prompt": [ASK, SAY, AGAIN], "completion": [NO]})
+    assert counted(tokenizer, row) == ["No."]
+
+
+def test_plain_text_goes_without_the_template(tmp_path, tokenizer):
+    (row,) = rows(tmp_path, tokenizer, {"prompt": "Is it 12?", "completion": " It is."})
+    assert row.tokens == [
+        tokenizer.bos_id,
+        *tokenizer.encode("Is it 12?"),
+        *tokenizer.encode(" It is."),
+        tokenizer.eos_id,
+    ]
+
+
+def test_short_rows_keep_the_answer(tmp_path, tokenizer):
+    (whole,) = rows(tmp_path, tokenizer, {"messages": [ASK, SAY]})
+    (row,) = rows(tmp_path, tokenizer, {"messages": [ASK, SAY]}, length=len(whole.tokens) - 5)
+    assert row.tokens == [whole.tokens[0], *whole.tokens[6:]] and counted(tokenizer, row) == ["It is."]
+    answer = sum(whole.loss_mask)
+    (row,) = rows(tmp_path, tokenizer, {"messages": [ASK, SAY]}, length=answer - 1)
+    assert len(row.tokens) == answer - 1 and sum(row.loss_mask) == answer - 2
+
+
+def test_a_row_that_counts_nothing_is_left_out():
+    assert sft.chat_row([1, 2, 3], [False, False, False], length=8) is None
+    assert sft.chat_row([1, 2, 3], [True, True, True], length=8) == ([1, 2, 3], [False, True, True])
