@@ -266,7 +266,5 @@ def test_paths_that_hold_no_model(tmp_path, monkeypatch):
     other = tmp_path / "model.bin"
     other.write_bytes(b"something")
     assert "no GGUF file" in refused(load_pretrained, other)
-    with pytest.raises(UserError, match="lora"):
-        load_pretrained(tmp_path, lora=object())
     with pytest.raises(UserError, match="dtype"):
         load_pretrained(tmp_path, dtype="float16")
