@@ -163,6 +163,7 @@ class TestHostMemory:
         print(json.dumps({"beyond": peak[0] - before - sum(sizes), "largest": max(sizes), "all": sum(sizes)}))
     """
 
+    @pytest.mark.slow  # of the whole process's size: what else the machine does shows in it
     @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size as Linux tells it")
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_beyond_the_parameters(self, tmp_path, dtype):
