@@ -138,7 +138,7 @@ class _Stacked:
 
     def put(self, shape: tuple[int, ...], dtype: np.dtype, place: jax.sharding.Sharding) -> jax.Array:
         """The parameter on its devices; each shard is read once, for all devices that hold it."""
-        holders: dict[tuple, list[jax.Device]] = {}
+        holders: dict[tuple, list[Any]] = {}
         for device, index in place.addressable_devices_indices_map(shape).items():
             bounds = tuple(piece.indices(size) for piece, size in zip(index or (), shape, strict=True))
             holders.setdefault(bounds, []).append(device)
