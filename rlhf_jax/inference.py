@@ -87,7 +87,7 @@ def sample(
     seed: int,
     chat: bool = False,
 ) -> dict[str, Any]:
-    """N completions of a prompt, or answers to it: {"prompt", "stage", "completions": [{"text", "ended", "tokens"}]}."""
+    """N completions of a prompt, or answers: {"prompt", "stage", "completions": [{"text", "ended", "tokens"}]}."""
     context, tokenizer = run.context, run.context.tokenizer
     name = run.pick(stage, "policy")
     tokens = _chat_prompt(run, prompt) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]

@@ -129,12 +129,12 @@ def opening_row(data: Openings, tokenizer: Tokenizer) -> MakeRow:
 
 def example_row(tokenizer: Tokenizer, row_length: int) -> MakeRow:
     """An example to a row whose completion, or whose assistant's answers by a chat template, are counted."""
-    chat = isinstance(tokenizer, JsonTokenizer) and tokenizer.chat is not None
+    chat = tokenizer if isinstance(tokenizer, JsonTokenizer) and tokenizer.chat is not None else None
 
     def make_row(example: Example, rng: np.random.Generator) -> Row | None:
         del rng
-        if chat and example.messages:
-            return chat_row(*tokenizer.encode_chat(example.messages, start=example.learnt_from), length=row_length)
+        if chat is not None and example.messages:
+            return chat_row(*chat.encode_chat(example.messages, start=example.learnt_from), length=row_length)
         prompt = [tokenizer.bos_id, *tokenizer.encode(example.prompt)]
         completion = [*tokenizer.encode(example.completion), tokenizer.eos_id]
         return _row(*fitted(prompt, completion, length=row_length))

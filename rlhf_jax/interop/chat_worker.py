@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -123,7 +124,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["marked"]:
             spans = _marked_spans(template, variables, request["conversations"][0], texts[0])
         return {"texts": texts, "spans": spans}
-    except jinja2.sandbox.SecurityError as error:
+    except jinja2.exceptions.SecurityError as error:
         return {"error": f"reaches for what a template may not have ({error})"}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error}"}
