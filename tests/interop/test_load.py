@@ -328,7 +328,7 @@ class TestTheHub:
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         with pytest.raises(UserError, match="install huggingface_hub"):
-            load_pretrained("someone/llama-a")
+            load_pretrained("someone/else")
 
 
 def test_null_key_value_heads_are_as_many_as_heads_and_missing_ones_the_familys(tmp_path):
