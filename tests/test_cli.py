@@ -198,8 +198,8 @@ class TestInference:
         assert err == "chatter\n"
         sampling = asked.pop("sampling")
         assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 5, 1.0)
-        expected = {"run": Path("runs/toy"), "prompt": "It", "n": 2, "stage": "ppo", "max_tokens": 7, "seed": 3,
-                    "chat": False}  # fmt: skip
+        expected = {"run": Path("runs/toy"), "prompt": "It", "n": 2, "stage": "ppo", "max_tokens": 7, "seed": 3}
+        expected["chat"] = False
         assert asked == expected
 
     def test_sample_for_people(self, asked, call):

@@ -42,6 +42,11 @@ def read_tokenizer(file: GgufFile) -> JsonTokenizer | None:
     types = np.ones(len(pieces), int)
     if "tokenizer.ggml.token_type" in file.fields:
         types = file.numbers("tokenizer.ggml.token_type", len(pieces))
+    if kind == "llama":  # llama.cpp writes the spaces of user-defined pieces as they are
+        known = set(pieces)
+        spaced = [piece.replace(" ", _SPACE) for piece in pieces]
+        defined = (types == _USER_DEFINED).tolist()
+        pieces = [b if own and b not in known else a for a, b, own in zip(pieces, spaced, defined, strict=True)]
     tokenizers = library(str(file.path))
     with LibraryErrors(f"{file.path}: its vocabulary makes no tokenizer"):
         core = (_byte_level if kind == "gpt2" else _sentencepiece)(file, tokenizers, pieces, types)
@@ -107,9 +112,14 @@ def _merges(vocabulary: dict[str, int], scores: np.ndarray, types: np.ndarray) -
 
 
 def _add_special(core: Any, tokenizers: Any, pieces: list[str], types: np.ndarray) -> None:
-    """Tokens that stand in text as they are: control tokens, which decoding drops, and user-defined ones."""
+    """Tokens that stand in text as they are: control tokens, which decoding drops, and user-defined ones.
+
+    Runs of spaces are looked for once spaces are written as the vocabulary writes them.
+    """
     added = [
-        tokenizers.AddedToken(pieces[id], special=bool(types[id] != _USER_DEFINED), normalized=False)
+        tokenizers.AddedToken(
+            pieces[id], special=bool(types[id] != _USER_DEFINED), normalized=pieces[id].startswith(_SPACE)
+        )
         for id in np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED)))
         if pieces[id]
     ]

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -150,13 +151,19 @@ class _Stacked:
         return jax.make_array_from_single_device_arrays(shape, place, shards)
 
     def _read(self, index: tuple[slice, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        out = np.empty([len(range(*piece.indices(size))) for piece, size in zip(index, shape, strict=True)], dtype)
+        out = _scratch([len(range(*piece.indices(size))) for piece, size in zip(index, shape, strict=True)], dtype)
         stacked = len(self._counts)
         picked = [range(*piece.indices(size)) for piece, size in zip(index[:stacked], shape[:stacked], strict=True)]
         for to in itertools.product(*(range(len(p)) for p in picked)):
             at = tuple(p[i] for p, i in zip(picked, to, strict=True))
             read_into(out[to], self._tensors[at], self.source, self.sizes, index[stacked:])
         return out
+
+
+def _scratch(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array in pages of its own: on a CPU they become the parameter, else they go back at once; malloc keeps some."""
+    pages = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1))
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def _spellings(family: Family, name: str) -> Iterator[str]:

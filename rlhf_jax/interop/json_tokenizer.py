@@ -58,7 +58,7 @@ class JsonTokenizer:
         end = core.id_to_token(self.eos_id)
         self.chat = None if chat is None else replace(chat, tokens=tuple(declared.tokens.items()), end=end or "")
         kinds = str(core.pre_tokenizer) + str(core.decoder)
-        self._spaces = ("Ġ",) if "ByteLevel" in kinds else ("▁", " ")
+        self._spaces = ("Ġ",) if "ByteLevel" in kinds else ("▁",)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS; special tokens that are written out in it are read as such."""

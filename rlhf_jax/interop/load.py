@@ -1,5 +1,6 @@
 """`load_pretrained`: a model from whatever holds one; and the way to say so in a config."""
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlhf_jax.types import Key, Params
 DTYPES = ("float32", "bfloat16")
 
 # What a model and its tokenizer are made of; nothing pickled, no code.
-_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -135,19 +136,24 @@ def _folder(path: Path, *, configs_only: bool) -> Path:
     name = path.as_posix()
     if path.is_absolute() or not _HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         raise UserError(f"{path}: no such file or folder")
+    return _from_hub(name, ("*.json",) if configs_only else _FILES)
+
+
+@functools.cache
+def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
+    """The folder in the hub's cache, asked for once in a process: a config's spec is looked at many times."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     except ImportError:
         raise UserError(
-            f'{path}: no such folder; to look it up on the hub, install huggingface_hub (the extra "hf")'
+            f'{name}: no such folder; to look it up on the hub, install huggingface_hub (the extra "hf")'
         ) from None
-    patterns = ["*.json"] if configs_only else _FILES
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no such folder, and not to be had from the hub: {reason}") from None
+        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason}") from None
 
 
 def _check_gguf(path: Path) -> None:

@@ -8,15 +8,17 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop import load_pretrained
 from rlhf_jax.interop.gguf_file import read_gguf
-from rlhf_jax.interop.gguf_io import gguf_spec, load_gguf
+from rlhf_jax.interop.gguf_io import gguf_spec, gguf_tokenizer, load_gguf
 from rlhf_jax.interop.hf_folder import load_folder
 from rlhf_jax.models.spec import Llama3Rope
 from tests.interop import folders
+from tests.oracles_hf.awkward import TEXTS
 from tests.oracles_hf.weights import read, tokens
 
 gguf = pytest.importorskip("gguf")
@@ -276,3 +278,70 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
     with pytest.raises(UserError, match=r'needs the package gguf.*pip install "rlhf_jax\[hf\]"'):
         load_gguf(path)
+
+
+def test_sentencepiece_vocabularies_give_sentencepiece_s_tokens(tmp_path):
+    """With Llama's space before the text, and without; the scores alone say what is merged first."""
+    sentences = ["the cat sat on the mat", "a dog and a cat sat", "on and on  they sat there", "that is the thing"] * 3
+    for prefix in (True, False):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_prefix=str(tmp_path / "m"),
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            add_dummy_prefix=prefix,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["  ", "\n\n"],
+            minloglevel=2,
+        )
+        model = sentencepiece.SentencePieceProcessor(str(tmp_path / "m.model"))
+        ids = range(model.vocab_size())
+        kinds = {"▁▁": 4, "\n\n": 4, "<unk>": 2, "<s>": 3, "</s>": 3}
+        pieces = [model.id_to_piece(id) for id in ids]
+        keys = {
+            "general.architecture": "llama",
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": [piece.replace("▁", " ") if piece == "▁▁" else piece for piece in pieces],
+            "tokenizer.ggml.scores": [model.get_score(id) for id in ids],
+            "tokenizer.ggml.token_type": [6 if model.is_byte(id) else kinds.get(pieces[id], 1) for id in ids],
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.add_space_prefix": prefix,
+        }
+        tokenizer = gguf_tokenizer(gguf_files.write(tmp_path / "a.gguf", keys, {}))
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+        for sentence in [*sentences, *(t for t in TEXTS if not (prefix and ("▁" in t or "  " in t)))]:
+            assert tokenizer.encode(sentence) == model.encode(sentence), sentence
+            assert "▁" in sentence or tokenizer.decode(tokenizer.encode(sentence)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("pre", "cut"),
+    [
+        ("gpt-2", ["I", "'m", "Ġ", "Ġhere", ",", "Ġin", "Ġ2024", "!!", "ĊĊ", "Ċ", "X"]),
+        ("smollm", ["I", "'m", "Ġ", "Ġhere", ",", "Ġin", "Ġ", "2", "0", "2", "4", "!!", "ĊĊ", "Ċ", "X"]),
+        ("llama-bpe", ["I", "'m", "Ġ", "Ġhere", ",", "Ġin", "Ġ", "202", "4", "!!ĊĊĊ", "X"]),
+        ("qwen2", ["I", "'m", "Ġ", "Ġhere", ",", "Ġin", "Ġ", "2", "0", "2", "4", "!!ĊĊĊ", "X"]),
+    ],
+)
+def test_words_are_cut_as_the_file_names(tmp_path, pre, cut):
+    """A vocabulary in which every word of the text that is cut out is a token, and of two words none."""
+    letters = sorted(set("".join(cut)))
+    merges = [f"{piece[:i]} {piece[i]}" for piece in cut for i in range(1, len(piece))]
+    merges += ["n Ġ", "e ,", "2 !", "X X", "4 !"]  # across words, which must not come about
+    made = [merge.replace(" ", "") for merge in merges]
+    keys = VOCABULARY | {
+        "general.architecture": "llama",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": list(dict.fromkeys([*letters, *made, "<e>"])),
+        "tokenizer.ggml.merges": list(dict.fromkeys(merges)),
+    }
+    keys["tokenizer.ggml.token_type"] = [3 if token == "<e>" else 1 for token in keys["tokenizer.ggml.tokens"]]
+    keys["tokenizer.ggml.eos_token_id"] = len(keys["tokenizer.ggml.tokens"]) - 1
+    tokenizer = gguf_tokenizer(gguf_files.write(tmp_path / "a.gguf", keys, {}))
+    found = [keys["tokenizer.ggml.tokens"][id] for id in tokenizer.encode("I'm  here, in 2024!!\n\n\nX")]
+    assert found == cut

@@ -329,4 +329,12 @@ class TestTheHub:
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         with pytest.raises(UserError, match="install huggingface_hub"):
-            load_pretrained("someone/llama-a")
+            load_pretrained("someone/else")
+
+
+def test_null_key_value_heads_are_as_many_as_heads_and_missing_ones_the_familys(tmp_path):
+    folder = write_case(tmp_path / "mistral-a", CASES["mistral-a"])
+    change_config(folder, num_attention_heads=16, num_key_value_heads=None)
+    assert folder_spec(folder).n_kv_heads == 16
+    change_config(folder, num_key_value_heads=...)
+    assert folder_spec(folder).n_kv_heads == 8

@@ -49,12 +49,14 @@ def shape_kwargs(
 ) -> dict[str, Any]:
     """The ModelSpec's fields that all families with Llama's names share; arguments are the family's defaults."""
     width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    if kv_heads is None or "num_key_value_heads" in fields.values:  # null is not missing here
+        kv_heads = heads
     return {
         "vocab_size": fields.whole("vocab_size"),
         "d_model": width,
         "n_layers": fields.whole("num_hidden_layers"),
         "n_heads": heads,
-        "n_kv_heads": fields.whole("num_key_value_heads", kv_heads or heads),
+        "n_kv_heads": fields.whole("num_key_value_heads", kv_heads),
         "head_dim": fields.whole("head_dim", head_dim or max(width // heads, 1)),
         "d_ff": fields.whole("intermediate_size"),
         "max_len": fields.whole("max_position_embeddings", max_len),
