@@ -161,7 +161,7 @@ class _Stacked:
 
 
 def _scratch(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array in pages of its own: on a CPU they become the parameter, else they go back at once."""
+    """An array in pages of its own: on a CPU they become the parameter, else they go back; malloc would keep some."""
     pages = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1))
     return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 

@@ -4,19 +4,21 @@ import struct
 import sys
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import sentencepiece
 
-from rlhf_jax import models, sharding
+from rlhf_jax import inference, models, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop import load_pretrained
 from rlhf_jax.interop.gguf_file import read_gguf
 from rlhf_jax.interop.gguf_io import gguf_spec, gguf_tokenizer, load_gguf
 from rlhf_jax.interop.hf_folder import load_folder
 from rlhf_jax.models.spec import Llama3Rope
+from rlhf_jax.sampling import Sampling
 from tests.interop import folders
 from tests.oracles_hf.awkward import TEXTS
 from tests.oracles_hf.weights import read, tokens
@@ -345,3 +347,16 @@ def test_words_are_cut_as_the_file_names(tmp_path, pre, cut):
     tokenizer = gguf_tokenizer(gguf_files.write(tmp_path / "a.gguf", keys, {}))
     found = [keys["tokenizer.ggml.tokens"][id] for id in tokenizer.encode("I'm  here, in 2024!!\n\n\nX")]
     assert found == cut
+
+
+def test_a_file_is_sampled_as_a_run_without_stages(tmp_path):
+    with pytest.raises(UserError, match=r"a\.gguf: this model comes without a tokenizer"):
+        inference.open_run(changed(tmp_path))
+    keys = VOCABULARY | {"tokenizer.chat_template": "{{ messages[0].content }}<e>"}
+    options = {"stage": None, "n": 2, "max_tokens": 3, "sampling": Sampling(), "seed": 0}
+    found = inference.sample(inference.open_run(changed(tmp_path, keys)), "ab", chat=True, **options)
+    assert found["stage"] == "base" and len(found["completions"]) == 2
+    with pytest.raises(UserError, match=r"a\.gguf: this tokenizer has no chat template"):
+        inference.sample(inference.open_run(changed(tmp_path, VOCABULARY)), "ab", chat=True, **options)
+    with pytest.raises(UserError, match="bundled: --chat"):
+        inference.sample(inference.open_run(Path("bundled")), "It", chat=True, **options)
