@@ -11,6 +11,9 @@ import sentencepiece
 from rlhf_jax.errors import UserError
 
 
+_SPACE = "\u2581"  # SentencePiece's
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back; pad and EOS are different tokens."""
 
@@ -52,6 +55,7 @@ class SentencePiece:
         # Llama's has no pad: the unknown token, which byte fallback leaves unused, stands under the mask.
         self.pad_id = self._processor.unk_id() if pad in (-1, self.eos_id) else pad
         self._special = {self.pad_id, self.bos_id, self.eos_id}
+        self._prefixed = "".join(self._processor.encode("a", out_type=str)).startswith(_SPACE)
 
     @classmethod
     def from_file(cls, path: Path) -> "SentencePiece":
@@ -62,8 +66,15 @@ class SentencePiece:
             raise UserError(f"{path}: no readable SentencePiece model ({error})") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return self._processor.encode(text)
+        """Token ids of a text, without special tokens.
+
+        A model that puts a space before every text puts none where there is one, as transformers does (`legacy` false):
+        a completion is encoded as it stands in a text, and a text's first space is lost when it is decoded.
+        """
+        if not self._prefixed or not text.startswith((" ", _SPACE)):
+            return self._processor.encode(text)
+        rest = text[1:]
+        return self._processor.encode(rest) if rest else [self._processor.piece_to_id(_SPACE)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; special tokens are dropped."""
@@ -71,17 +82,16 @@ class SentencePiece:
 
     def starts_word(self, token: int) -> bool:
         """Whether a token begins with a space."""
-        return self._processor.id_to_piece(int(token)).startswith("\u2581")
+        return self._processor.id_to_piece(int(token)).startswith(_SPACE)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.model, and a tokenizer_config.json by which transformers makes the same tokens of it."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         ids["unk_token"] = self._processor.unk_id()
-        begin = self._processor.id_to_piece(self._processor.encode("a")[0])
         config = {
             "tokenizer_class": "LlamaTokenizer",
             "legacy": False,
-            "add_prefix_space": begin.startswith("\u2581"),
+            "add_prefix_space": self._prefixed,
             "add_bos_token": False,
             "add_eos_token": False,
             **{name: self._processor.id_to_piece(id) for name, id in ids.items() if id >= 0},
