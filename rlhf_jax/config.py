@@ -23,6 +23,7 @@ from rlhf_jax.algorithms.context import StageConfig
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import Hosts
 from rlhf_jax.interop.pretrained import ModelConfig, Scratch
 from rlhf_jax.sharding import MeshConfig, batch_shards
 
@@ -238,31 +239,33 @@ def parse(experiment: Experiment, flags: Sequence[str]) -> Experiment:
 
     Which class stands in a union is the config's to say. A wrong flag ends the process with tyro's message and code 2.
     """
-    return parse_run(experiment, flags, workdir=Path("runs"), prog="rlhf-jax run", description="")[1]
+    return parse_run(experiment, flags, workdir=Path("runs"), prog="rlhf-jax run", description="")[2]
 
 
 def parse_run(
     experiment: Experiment, flags: Sequence[str], *, workdir: Path, prog: str, description: str
-) -> tuple[Path, Experiment]:
-    """Flags of `rlhf-jax run CONFIG`: the workdir and the experiment's fields; UserError for an ill-typed one."""
+) -> tuple[Path, Hosts, Experiment]:
+    """Flags of `rlhf-jax run CONFIG`: workdir, place among the processes, the experiment's fields; UserError for an
+    ill-typed one."""
     for problem in ill_typed(experiment):
         raise UserError(problem)
     workdir_type = typing.Annotated[Path, tyro.conf.arg(help="Folder of the run's files.")]
     # Classes in place of protocols: tyro makes flags from what the values are.
-    fields = [("workdir", workdir_type), ("model", type(experiment.model)), ("stages", dict)]
+    hosts_type = typing.Annotated[Hosts, tyro.conf.arg(name="")]
+    fields = [("workdir", workdir_type), ("hosts", hosts_type), ("model", type(experiment.model)), ("stages", dict)]
     arguments = dataclasses.make_dataclass("Arguments", fields, bases=(Experiment,), frozen=True, kw_only=True)
     stages = {name: _as_flags(stage) for name, stage in experiment.stages.items()}
     parsed = tyro.cli(
         arguments,
         args=list(flags),
-        default=arguments(workdir=workdir, **{**_shallow(experiment), "stages": stages}),
+        default=arguments(workdir=workdir, hosts=Hosts(), **{**_shallow(experiment), "stages": stages}),
         prog=prog,
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
     rebuilt = {name: type(experiment.stages[name])(**_shallow(stage)) for name, stage in parsed.stages.items()}
-    return parsed.workdir, Experiment(
+    return parsed.workdir, parsed.hosts, Experiment(
         **{**{name: vars(parsed)[name] for name in _shallow(experiment)}, "stages": rebuilt}
     )
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from tensorboardX import SummaryWriter
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 
@@ -198,7 +199,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.step = stage, total, start
-        self._console = Console(file=sys.stderr if stream is None else stream)
+        self._console = Console(file=sys.stderr if stream is None else stream, quiet=not hosts.is_writer())
         self._interval, self._clock, self._began = interval, clock, clock()
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}

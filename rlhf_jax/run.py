@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import __version__, models, report, sharding
+from rlhf_jax import __version__, hosts, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.cache import cache_dir
@@ -40,7 +41,8 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
 """What trains each kind of stage."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
-_SESSIONS = "sessions.json"
+_SESSIONS, _LOCK = "sessions.json", ".lock"
+_PATIENCE = 60  # seconds until a host sees what another has written
 
 
 def run(experiment: Experiment, workdir: Path, command: list[str], *, began: float | None = None) -> dict[str, Any]:
@@ -48,32 +50,29 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
 
     The summary's seconds count from `began`, a reading of time.monotonic(), or from this call.
 
-    Raises UserError before anything is written where the experiment cannot run or the workdir belongs to another one.
+    Every process of the run calls it, and process 0 writes. Raises UserError before anything is written where the
+    experiment cannot run, is another one in another process, or the workdir belongs to another one.
     """
     began = time.monotonic() if began is None else began
     _check(experiment, workdir)
     config = to_dict(experiment)
-    _check_workdir(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
-    with _locked(workdir):
-        if _is_complete(workdir, experiment):
+    _check_agreement({**config, "versions": _versions()})
+    with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext():
+        _check_shared(workdir)
+        if hosts.from_writer(lambda: _is_complete(workdir, experiment)):
             say(f"{workdir} is complete: its figures are in summary.json and report.html")
         else:
-            if not (workdir / "config.json").exists():
+            if hosts.is_writer() and not (workdir / "config.json").exists():
                 _write_json(workdir / "config.json", {"experiment": config, **_provenance(command)})
             _train(experiment, workdir, began)
-        if not (workdir / "report.html").exists():
-            report.write(workdir)
-        return _read_json(workdir / "summary.json")
+        return hosts.from_writer(lambda: _summary(workdir))
 
 
 def start_backend(mesh: MeshConfig) -> int:
     """Set what JAX reads when it starts, unless the user has set it; returns the number of devices.
 
-    Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU.
+    Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU, each
+    process its part of them.
     """
     settings: Any = jax.config  # its attributes are made at run time
     if settings.jax_compilation_cache_dir is None:
@@ -83,7 +82,7 @@ def start_backend(mesh: MeshConfig) -> int:
     flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if mesh.fixed_devices > 1 and not flagged and settings.jax_num_cpu_devices < 1:
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
-            jax.config.update("jax_num_cpu_devices", mesh.fixed_devices)
+            jax.config.update("jax_num_cpu_devices", max(1, mesh.fixed_devices // hosts.count()))
     return jax.device_count()
 
 
@@ -93,15 +92,19 @@ def params_digest(params: Params) -> str:
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     digest = hashlib.sha256()
     for name in sorted(named):
-        array = np.asarray(named[name])
+        array = named[name]
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.tobytes())
+        # A layer at a time, where other processes hold parts: the whole of it may be more than a device's memory.
+        is_here = not isinstance(array, jax.Array) or array.is_fully_addressable or not array.ndim
+        for part in (array,) if is_here else array:
+            digest.update(hosts.fetch(part).tobytes())
     return digest.hexdigest()
 
 
 def say(text: str) -> None:
     """A line for the user, on stderr: stdout is for what was asked for."""
-    print(text, file=sys.stderr, flush=True)
+    if hosts.is_writer():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _check(experiment: Experiment, workdir: Path) -> None:
@@ -128,6 +131,13 @@ def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> Non
             f"--workdir {workdir}: no disk space: the run needs at least {needed / 1e6:.0f} MB, "
             f"{free / 1e6:.0f} MB are free"
         )
+
+
+def _check_agreement(here: dict[str, Any]) -> None:
+    """Raise UserError in a process whose experiment or packages are not those of process 0."""
+    changed = differences(hosts.from_writer(lambda: here), here)
+    if changed:
+        raise UserError(f"not the run of process 0: {'; '.join(changed)}; start all with one config, from one install")
 
 
 def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
@@ -167,24 +177,33 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
         )
         for name, stage in experiment.stages.items():
             _run_stage(name, stage, context)
-        summary: dict[str, Any] = {name: _read_json(_done(context, name)) for name in experiment.stages}
+        summary = hosts.from_writer(lambda: {name: _read_json(_done(context, name)) for name in experiment.stages})
         digests = {}
         for name, stage in experiment.stages.items():
             load = context.head_params if stage.produces == "reward" else context.policy_params
             digests[name] = params_digest(load(name))
-    _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
-    say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+    if hosts.is_writer():
+        _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
+        say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+
+
+def _summary(workdir: Path) -> dict[str, Any]:
+    """What summary.json holds; the report is drawn where it is missing."""
+    if not (workdir / "report.html").exists():
+        report.write(workdir)
+    return _read_json(workdir / "summary.json")
 
 
 def _run_stage(name: str, stage: Any, context: Context) -> None:
-    if _done(context, name).exists():
+    if hosts.from_writer(_done(context, name).exists):
         say(f"{name}: finished before")
         return
     summary = STAGES[type(stage)](stage, context, name)
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise NonFiniteError(f"{name}: {key} is {value} at the end; its checkpoints are kept")
-    _write_json(_done(context, name), summary)
+    if hosts.is_writer():
+        _write_json(_done(context, name), summary)
     say(f"{name}: " + "  ".join(f"{key} {_figure(value)}" for key, value in summary.items()))
 
 
@@ -198,14 +217,41 @@ def _done(context: Context, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """One run a workdir; the system lets go of the lock when a process dies."""
-    with (workdir / ".lock").open("w") as file:
+def _locked(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """The workdir, made where it is missing and held against other runs; the system lets go when a process dies.
+
+    Between hosts it holds where their file system has flock (NFS 4, Lustre with -o flock, GPFS).
+    """
+    _check_workdir(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
+    with (workdir / _LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run works in {workdir}; wait for it, or choose another --workdir") from None
+            holder = (workdir / _LOCK).read_text().strip()
+            raise UserError(
+                f"another run works in {workdir} ({holder}); wait for it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            say(f"{workdir} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T')}\n")
+        file.flush()
         yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raise UserError in a process that does not see process 0's folder."""
+    there = hosts.from_writer((workdir / _LOCK).read_text)
+    for _ in range(_PATIENCE):
+        with contextlib.suppress(OSError):
+            if (workdir / _LOCK).read_text() == there:
+                return
+        time.sleep(1)
+    raise UserError(f"--workdir {workdir} is not the folder of process 0: all hosts must share it by a file system")
 
 
 @contextlib.contextmanager
@@ -217,7 +263,7 @@ def _session(workdir: Path, began: float) -> Iterator[None]:
         yield
     finally:
         seconds = round(before["seconds"] + time.monotonic() - began, 1)
-        if workdir.is_dir():  # not, where somebody removed it under the run
+        if hosts.is_writer() and workdir.is_dir():  # not, where somebody removed it under the run
             peak = max(_peak_memory(), before["peak_memory_bytes"])
             _write_json(path, {"seconds": seconds, "peak_memory_bytes": peak})
 
@@ -233,9 +279,12 @@ def _peak_memory() -> int:
 
 
 def _provenance(command: list[str]) -> dict[str, Any]:
+    return {"versions": _versions(), "commit": _commit(), "command": command}
+
+
+def _versions() -> dict[str, str]:
     versions = {"rlhf_jax": __version__, "python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"versions": versions, "commit": _commit(), "command": command}
+    return versions | {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def _commit() -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.linen import spmd
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
@@ -214,4 +215,29 @@ def local_batch(mesh: Mesh, batch: Batch) -> Batch:
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Put a host batch, which every process has whole, on the devices, its rows split over them."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)
+    return jax.tree.map(lambda x: put(np.asarray(x), sharding), batch)
+
+
+def put(tree: Any, layout: Any) -> Any:
+    """Put arrays, of which every process has the whole, into shards: a sharding for all, or a tree of them."""
+
+    def one(leaf: Any, place: jax.sharding.Sharding) -> jax.Array:
+        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if whole and not place.is_fully_addressable:  # device_put would send it to all processes, to compare
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+        return jax.device_put(leaf, place)
+
+    if isinstance(layout, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: one(leaf, layout), tree)
+    return jax.tree.map(one, tree, layout)
+
+
+def largest_of_processes(value: int) -> jax.Array:
+    """The largest of the processes' numbers, on its way: every process calls this in the same order."""
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+    own = np.full(jax.local_device_count(), value, np.int32)
+    return _largest(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("devices")), own))
+
+
+_largest = jax.jit(jnp.max)

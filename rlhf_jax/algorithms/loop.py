@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import jax
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, hosts, sharding
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.errors import NonFiniteError, Stopped
 from rlhf_jax.metrics import MetricsWriter, Progress
@@ -42,24 +42,28 @@ class Loop:
                 loop.record(state, metrics, tokens=...)
 
     Metrics are read one step late, so that the host prepares a step while the device computes the one before it.
-    After SIGINT or SIGTERM the current step ends, a checkpoint is written, and `record` raises `Stopped`.
+    After SIGINT or SIGTERM the current step ends, a checkpoint is written, and `record` raises `Stopped`; of several
+    processes it is the step after, in all of them, when one has had the signal. Process 0 alone writes metrics.
     """
 
     def __init__(self, context: Context, name: str, *, steps: int, checkpoint_every: int) -> None:
         self.name, self.steps = name, steps
         self._context, self._every = context, checkpoint_every
         self._checkpoints = checkpoint.Checkpoints(context.stage_dir(name) / "checkpoints")
-        self._first = self._checkpoints.latest_step() or 0
+        self._first = hosts.from_writer(self._checkpoints.latest_step) or 0
         self._step = self._first
         self._cursor: Cursor | None = None
         self._pending: tuple[int, Metrics, float] | None = None
         self._signal: int | None = None
+        self._told: jax.Array | None = None
         self._times: deque[tuple[float, int]] = deque(maxlen=11)
 
     def __enter__(self) -> Self:
-        self._writer = MetricsWriter(
-            self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
-        )
+        self._writer = None
+        if hosts.is_writer():
+            self._writer = MetricsWriter(
+                self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
+            )
         self._progress = Progress(self.name, self.steps, start=self._first).__enter__()
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -71,10 +75,14 @@ class Loop:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._progress.__exit__(kind, error, trace)
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
         self._checkpoints.close()
-        if self._signal is not None and kind is None:  # it came after the last step was recorded
-            raise self._stopped(self._signal)
+        if kind is None:
+            self._asked()  # of several processes the next call gives what they have now
+            stop = self._asked()
+            if stop is not None:  # it came after the last step was recorded
+                raise self._stopped(stop)
 
     def restore(self, state: Any, cursor: Cursor) -> Any:
         """The newest checkpoint's state, with the cursor set to where it stood; `state` itself where there is none."""
@@ -103,13 +111,13 @@ class Loop:
         self._times.append((time.monotonic(), tokens))
         seconds = self._times[-1][0] - self._times[0][0]
         self._pending = (self._step, metrics, sum(n for _, n in list(self._times)[1:]) / max(seconds, 1e-9))
-        last = self._step == self.steps
-        if last or self._step % self._every == 0 or self._signal is not None:
+        last, stop = self._step == self.steps, self._asked()
+        if last or self._step % self._every == 0 or stop is not None:
             self._flush()
             assert self._cursor is not None
             self._checkpoints.save(self._step, state, self._cursor.get_state())
-        if self._signal is not None:
-            raise self._stopped(self._signal)
+        if stop is not None:
+            raise self._stopped(stop)
 
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -133,8 +141,16 @@ class Loop:
             kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
             raise NonFiniteError(f"{self.name}: {cause} is {values[cause]} at step {step}{more}; {kept}")
         values["tokens_per_second"] = rate
-        self._writer.write(step, values)
+        if self._writer is not None:
+            self._writer.write(step, values)
         self._progress.update(step, values)
+
+    def _asked(self) -> int | None:
+        """The signal to stop at: of several processes one that any of them had a call ago, so that all stop at once."""
+        if hosts.count() == 1:
+            return self._signal
+        told, self._told = self._told, sharding.largest_of_processes(self._signal or 0)
+        return None if told is None else int(told) or None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import sharding
+from rlhf_jax import hosts, sharding
 from rlhf_jax.algorithms.context import BASE, Context, Kind, check_field, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
@@ -188,8 +188,9 @@ def train(algorithm: Algorithm, state: Any, context: Context, name: str) -> dict
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
             judges=judged_by,
         )
-    write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
-    deviations = largest(context, name, "ratio_deviation", "sampling_deviation")
+    if hosts.is_writer():
+        write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
+    deviations = hosts.from_writer(lambda: largest(context, name, "ratio_deviation", "sampling_deviation"))
     counts = {} if config.data is None else prompts.counts.figures()
     return {**compare(before, after), **deviations, **counts, "steps": config.steps}
 
@@ -243,7 +244,7 @@ def make_iteration(algorithm: Algorithm, state: Any, context: Context, scorer: S
 
     def iteration(state: Any, frozen: Frozen, prompts: PromptBatch, rows: Sequence[PromptRow]) -> Any:
         rollout = sample(state, frozen, sharding.shard_batch(mesh, prompts))
-        scores = scorer(with_rows(rollout, rows, tokenizer))
+        scores = hosts.by_rows(scorer, with_rows(rollout, rows, tokenizer))
         return learn(state, frozen, rollout.replace(scores=sharding.shard_batch(mesh, scores)))
 
     return iteration
@@ -272,7 +273,7 @@ def with_rows(rollout: Rollout, rows: Sequence[PromptRow], tokenizer: Tokenizer)
 
 
 def _decoded(tokens: jax.Array, mask: jax.Array, tokenizer: Tokenizer) -> list[str]:
-    rows, kept = jax.device_get((tokens, mask))
+    rows, kept = hosts.fetch((tokens, mask))
     return [tokenizer.decode(row[keep].tolist()) for row, keep in zip(rows, kept, strict=True)]
 
 

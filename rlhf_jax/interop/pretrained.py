@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import models, sharding
+from rlhf_jax import hosts, models, sharding
 from rlhf_jax.data.sources import Data
 from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import SentencePiece, Tokenizer, train_sentencepiece
@@ -93,12 +93,14 @@ class Scratch:
         from rlhf_jax.data.texts import load_texts  # it builds on the tokenizers here
 
         path = workdir / TOKENIZER_FILE
-        if path.exists():
-            tokenizer = SentencePiece.from_file(path)
-        else:
-            texts = (review.text for review in load_texts(data).train)
-            tokenizer = train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed)
-            write_whole(path, tokenizer.model)
+
+        def make() -> None:
+            if not path.exists():
+                texts = (review.text for review in load_texts(data).train)
+                write_whole(path, train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed).model)
+
+        hosts.from_writer(make)
+        tokenizer = SentencePiece.from_file(path)
         return Pretrained(self.spec, sharding.unbox(models.init(self.spec, jax.random.key(seed))), tokenizer)
 
     def tokenizer(self, workdir: Path) -> Tokenizer:

@@ -136,8 +136,8 @@ def store_leaf(spec: ModelSpec, mesh: Mesh, path: tuple, box: Any, leaf: Any) ->
     A mesh axis that would cut blocks in two does not split that kernel.
     """
     if isinstance(leaf, Quantized):
-        return jax.device_put(leaf, _place(spec, mesh, path, box))
-    leaf = jax.device_put(leaf, sharding.shardings(mesh, box))
+        return sharding.put(leaf, _place(spec, mesh, path, box))
+    leaf = sharding.put(leaf, sharding.shardings(mesh, box))
     if not _changes(spec, path):
         return leaf
     return jax.jit(partial(_stored, spec, path), out_shardings=_place(spec, mesh, path, box))(leaf)

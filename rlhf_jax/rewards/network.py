@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from rlhf_jax import models, sharding
+from rlhf_jax import hosts, models, sharding
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.types import Params
 
@@ -35,5 +35,5 @@ class RewardNetwork:
                 mask[i, : len(row)] = True
             with sharding.scope(self._mesh):
                 batch = sharding.shard_batch(self._mesh, (tokens, mask))
-                scores[start : start + len(part)] = np.asarray(self._score(params, *batch))[: len(part)]
+                scores[start : start + len(part)] = hosts.fetch(self._score(params, *batch))[: len(part)]
         return scores

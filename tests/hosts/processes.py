@@ -1,0 +1,116 @@
+"""Runs of several real processes on this machine, of an experiment of seconds."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rlhf_jax.metrics import read_jsonl
+
+ROOT = Path(__file__).parents[2]
+CONFIG = '''"""A run of seconds: a tiny model from nothing, on labelled texts of a file."""
+
+from pathlib import Path
+
+from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms.onpolicy import ValueHead
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.sources import Jsonl
+from rlhf_jax.interop.pretrained import Scratch
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.verifiers import PatternMatch
+
+
+def get_config():
+    spec = ModelSpec(vocab_size=320, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32, max_len=64)
+    # Adam's steps follow the sign of a gradient: a larger eps keeps those of rounding small.
+    smooth = Optimizer(learning_rate=1e-3, eps=1e-3)
+    pairs = reward_model.SampledPairs(prompts=16, heldout_prompts=8, completions=2, completion_tokens=12, batch_size=48)
+    return Experiment(
+        model=Scratch(spec),
+        data=Jsonl(Path(__file__).with_name("rows.jsonl"), heldout=0.4),
+        stages={
+            "sft": sft.Config(steps=6, row_length=49, batch_size=16, heldout_rows=32, evaluate_every=3,
+                              checkpoint_every=2, optimizer=smooth),
+            "reward_model": reward_model.Config(pairs=pairs, length=24, steps=4, batch_size=8, evaluate_every=2,
+                                                checkpoint_every=2, optimizer=smooth),
+            "ppo": ppo.Config(reward=PatternMatch("e"), critic=ValueHead(), steps=3, batch_size=16,
+                              completion_tokens=8, checkpoint_every=1, evaluation_prompts=20, exact_kl_rows=8,
+                              epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth),
+        },
+    )
+'''
+WORDS = "a the film was so very good bad dull fine great story actor scene music long short end of with and".split()
+
+
+def write_config(folder: Path, text: str = CONFIG) -> Path:
+    """A config file, and the rows that it names beside it."""
+    rows = [
+        {"text": " ".join(WORDS[(i * 7 + j * (3 + i % 11)) % len(WORDS)] for j in range(12 + i % 9)), "label": i % 2}
+        for i in range(240)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "tiny.py"
+    path.write_text(text)
+    return path
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as tried:
+        tried.bind(("localhost", 0))
+        return tried.getsockname()[1]
+
+
+class Run:
+    """The processes of one run, each with `devices` devices of its own; what they write is in `<workdir>.<i>.log`."""
+
+    def __init__(self, config: Path, workdir: Path, count: int, devices: int, *flags: str, seconds: int = 60) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
+        env |= {
+            "XDG_CACHE_HOME": str(config.parent / "cache"),
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        command = [sys.executable, "-m", "rlhf_jax", "run", str(config), "--workdir", str(workdir), *flags]
+        place = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(count)]
+        place += ["--start_timeout", "120", "--peer_timeout", str(seconds)]
+        self.workdir = workdir
+        self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(count)]
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            own = [*place, "--process_id", str(i)] if count > 1 else []
+            with log.open("w") as file:
+                self.processes.append(subprocess.Popen([*command, *own], env=env, stdout=file, stderr=file))
+
+    def wait(self, timeout: float = 600) -> list[int]:
+        """The exit codes, when all have ended."""
+        deadline = time.monotonic() + timeout
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        finally:
+            self.kill()
+
+    def wait_for(self, stage: str, step: int, timeout: float = 600) -> None:
+        """Wait until the run has written a stage's line of so many steps."""
+        path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + timeout
+        while not (path.exists() and any(r["stage"] == stage and r["step"] >= step for r in read_jsonl(path))):
+            running = all(process.poll() is None for process in self.processes)
+            assert running and time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def said(self) -> list[str]:
+        """What each process wrote."""
+        return [log.read_text() for log in self.logs]
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
