@@ -246,7 +246,8 @@ def parse_run(
     experiment: Experiment, flags: Sequence[str], *, workdir: Path, prog: str, description: str
 ) -> tuple[Path, Hosts, Experiment]:
     """Flags of `rlhf-jax run CONFIG`: workdir, place among the processes, the experiment's fields; UserError for an
-    ill-typed one."""
+    ill-typed one.
+    """
     for problem in ill_typed(experiment):
         raise UserError(problem)
     workdir_type = typing.Annotated[Path, tyro.conf.arg(help="Folder of the run's files.")]
@@ -265,8 +266,10 @@ def parse_run(
         use_underscores=True,
     )
     rebuilt = {name: type(experiment.stages[name])(**_shallow(stage)) for name, stage in parsed.stages.items()}
-    return parsed.workdir, parsed.hosts, Experiment(
-        **{**{name: vars(parsed)[name] for name in _shallow(experiment)}, "stages": rebuilt}
+    return (
+        parsed.workdir,
+        parsed.hosts,
+        Experiment(**{**{name: vars(parsed)[name] for name in _shallow(experiment)}, "stages": rebuilt}),
     )
 
 

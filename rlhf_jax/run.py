@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rlhf_jax import __version__, hosts, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
@@ -138,6 +137,7 @@ def _check_agreement(here: dict[str, Any]) -> None:
     changed = differences(hosts.from_writer(lambda: here), here)
     if changed:
         raise UserError(f"not the run of process 0: {'; '.join(changed)}; start all with one config, from one install")
+    hosts.wait()  # nothing is written before all agree
 
 
 def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ from typing import Any, NoReturn
 import jax
 from jax._src.distributed import global_state  # neither liveness nor the key-value store has a public name
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.hosts import together
 
 LOST = 4
 """The exit code where another process is gone."""
 
 _PROCESSES, _FAILED = "rlhf_jax/process/", "rlhf_jax/failed/"
+_GRACE = 2  # seconds in which a process may find the error by itself that another has found
 _PARTING = 10  # seconds that process 0 waits for the others to leave, since they end hard when it goes first
 
 
@@ -51,11 +53,11 @@ class _Watch(threading.Thread):
             if self.leaving.is_set():
                 if set(live) == {self.index}:
                     self.alone.set()
-            elif failed:
+            elif failed and not self.leaving.wait(_GRACE):
                 key, line = min(failed.items())
                 index, code = key.removeprefix(_FAILED).split("/")
                 self._end(f"ended with process {index}: {line}", int(code))
-            elif lost:
+            elif lost and not failed:
                 since = time.strftime("%H:%M:%S", time.localtime(heard))
                 who = " and ".join(map(_called, lost))
                 self._end(f"no sign of {who} since {since}; the same command on all hosts goes on", LOST)
@@ -106,6 +108,12 @@ def parting(explain: Callable[[BaseException], tuple[str, int] | None]) -> Itera
     try:
         yield
         _leave()
+    except Stopped as error:  # all stop at one step
+        if _watch is None:
+            raise
+        _leave()
+        print(f"error: {_watch.name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except BaseException as error:
         if _watch is None:
             raise
@@ -122,7 +130,7 @@ def _leave() -> None:
     """Part at the end of a run; process 0, without which the others cannot be, goes last."""
     if _watch is None:
         return
-    _client().wait_at_barrier("rlhf_jax/end", 1000 * _watch.seconds)
+    together.wait()
     _watch.leaving.set()
     if _watch.index == 0:
         _watch.alone.wait(_PARTING)

@@ -44,6 +44,12 @@ def from_writer(make: Callable[[], T]) -> T:
         raise UserError(f"process 0 is not where the others are after {_HOURS} hours: {error}") from None
 
 
+def wait() -> None:
+    """Wait until every process is here."""
+    if count() > 1:
+        _client().wait_at_barrier(f"rlhf_jax/here/{next(_calls)}", _HOURS * 3_600_000)
+
+
 def fetch(tree: Any) -> Any:
     """Arrays as whole NumPy arrays, in every process, wherever their parts lie."""
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_jax.metrics import read_jsonl
@@ -44,13 +45,14 @@ def get_config():
         },
     )
 '''
-WORDS = "a the film was so very good bad dull fine great story actor scene music long short end of with and".split()
+TEXT = "a the film was so very good bad dull fine great story actor scene music long short end of with and"
 
 
 def write_config(folder: Path, text: str = CONFIG) -> Path:
     """A config file, and the rows that it names beside it."""
+    words = TEXT.split()
     rows = [
-        {"text": " ".join(WORDS[(i * 7 + j * (3 + i % 11)) % len(WORDS)] for j in range(12 + i % 9)), "label": i % 2}
+        {"text": " ".join(words[(i * 7 + j * (3 + i % 11)) % len(words)] for j in range(12 + i % 9)), "label": i % 2}
         for i in range(240)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -69,7 +71,17 @@ def free_port() -> int:
 class Run:
     """The processes of one run, each with `devices` devices of its own; what they write is in `<workdir>.<i>.log`."""
 
-    def __init__(self, config: Path, workdir: Path, count: int, devices: int, *flags: str, seconds: int = 60) -> None:
+    def __init__(
+        self,
+        config: Path,
+        workdir: Path,
+        count: int,
+        devices: int,
+        *flags: str,
+        seconds: int = 60,
+        configs: Sequence[Path] = (),
+    ) -> None:
+        """`configs` are the processes' own, where they have different ones."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
         env |= {
             "XDG_CACHE_HOME": str(config.parent / "cache"),
@@ -78,7 +90,7 @@ class Run:
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
-        command = [sys.executable, "-m", "rlhf_jax", "run", str(config), "--workdir", str(workdir), *flags]
+        common = ["--workdir", str(workdir), *flags]
         place = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(count)]
         place += ["--start_timeout", "120", "--peer_timeout", str(seconds)]
         self.workdir = workdir
@@ -87,7 +99,9 @@ class Run:
         for i, log in enumerate(self.logs):
             own = [*place, "--process_id", str(i)] if count > 1 else []
             with log.open("w") as file:
-                self.processes.append(subprocess.Popen([*command, *own], env=env, stdout=file, stderr=file))
+                command = [sys.executable, "-m", "rlhf_jax", "run", str(configs[i] if configs else config)]
+                process = subprocess.Popen([*command, *common, *own], env=env, stdout=file, stderr=file)
+                self.processes.append(process)
 
     def wait(self, timeout: float = 600) -> list[int]:
         """The exit codes, when all have ended."""
