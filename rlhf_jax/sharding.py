@@ -1,6 +1,7 @@
 """The device mesh and the rules, which mesh axes carry which logical axis; nothing else names PartitionSpec."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -235,9 +236,14 @@ def put(tree: Any, layout: Any) -> Any:
 
 def largest_of_processes(value: int) -> jax.Array:
     """The largest of the processes' numbers, on its way: every process calls this in the same order."""
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
     own = np.full(jax.local_device_count(), value, np.int32)
-    return _largest(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("devices")), own))
+    return _largest(jax.make_array_from_process_local_data(_one_a_device(), own))
+
+
+@functools.cache
+def _one_a_device() -> NamedSharding:
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("devices"))
 
 
 _largest = jax.jit(jnp.max)

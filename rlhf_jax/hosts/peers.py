@@ -73,12 +73,13 @@ class _Watch(threading.Thread):
 
     def part(self, code: int) -> NoReturn:
         """End at once; process 0 when the others have gone."""
-        if self.index == 0:
-            self.alone.wait(_PARTING)
-        else:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
+        try:
+            if self.index == 0:
+                self.alone.wait(_PARTING)
+            else:
                 jax.distributed.shutdown()
-        os._exit(code)
+        finally:
+            os._exit(code)
 
 
 _watch: _Watch | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from rlhf_jax.metrics import read_jsonl
 
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "rlhf_jax", "run"]
 CONFIG = '''"""A run of seconds: a tiny model from nothing, on labelled texts of a file."""
 
 from pathlib import Path
@@ -31,25 +32,23 @@ def get_config():
     # Adam's steps follow the sign of a gradient: a larger eps keeps those of rounding small.
     smooth = Optimizer(learning_rate=1e-3, eps=1e-3)
     pairs = reward_model.SampledPairs(prompts=16, heldout_prompts=8, completions=2, completion_tokens=12, batch_size=48)
-    return Experiment(
-        model=Scratch(spec),
-        data=Jsonl(Path(__file__).with_name("rows.jsonl"), heldout=0.4),
-        stages={
-            "sft": sft.Config(steps=6, row_length=49, batch_size=16, heldout_rows=32, evaluate_every=3,
-                              checkpoint_every=2, optimizer=smooth),
-            "reward_model": reward_model.Config(pairs=pairs, length=24, steps=4, batch_size=8, evaluate_every=2,
-                                                checkpoint_every=2, optimizer=smooth),
-            "ppo": ppo.Config(reward=PatternMatch("e"), critic=ValueHead(), steps=3, batch_size=16,
-                              completion_tokens=8, checkpoint_every=1, evaluation_prompts=20, exact_kl_rows=8,
-                              epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth),
-        },
-    )
+    stages = {
+        "sft": sft.Config(steps=12, row_length=49, batch_size=16, heldout_rows=32, evaluate_every=6,
+                          checkpoint_every=2, optimizer=smooth),
+        "reward_model": reward_model.Config(pairs=pairs, length=24, steps=4, batch_size=8, evaluate_every=2,
+                                            checkpoint_every=2, optimizer=smooth),
+        "ppo": ppo.Config(reward=PatternMatch("e"), critic=ValueHead(), steps=2, batch_size=16,
+                          completion_tokens=8, checkpoint_every=1, evaluation_prompts=20, exact_kl_rows=8,
+                          epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth),
+    }
+    data = Jsonl(Path(__file__).with_name("rows.jsonl"), heldout=0.4)
+    return Experiment(model=Scratch(spec), data=data, stages={name: stages[name] for name in STAGES})
 '''
 TEXT = "a the film was so very good bad dull fine great story actor scene music long short end of with and"
 
 
-def write_config(folder: Path, text: str = CONFIG) -> Path:
-    """A config file, and the rows that it names beside it."""
+def write_config(folder: Path, *stages: str) -> Path:
+    """A config file with these of its stages, or all, and the rows that it names beside it."""
     words = TEXT.split()
     rows = [
         {"text": " ".join(words[(i * 7 + j * (3 + i % 11)) % len(words)] for j in range(12 + i % 9)), "label": i % 2}
@@ -57,7 +56,7 @@ def write_config(folder: Path, text: str = CONFIG) -> Path:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "tiny.py"
-    path.write_text(text)
+    path.write_text(f"{CONFIG}\n\nSTAGES = {stages or ('sft', 'reward_model', 'ppo')}\n")
     return path
 
 
@@ -82,26 +81,24 @@ class Run:
         configs: Sequence[Path] = (),
     ) -> None:
         """`configs` are the processes' own, where they have different ones."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
-        env |= {
-            "XDG_CACHE_HOME": str(config.parent / "cache"),
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX"))}
+        self.environment |= {
+            "XDG_CACHE_HOME": str(workdir.with_name("cache")),
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
-        common = ["--workdir", str(workdir), *flags]
         place = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(count)]
         place += ["--start_timeout", "120", "--peer_timeout", str(seconds)]
         self.workdir = workdir
         self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(count)]
         self.processes = []
         for i, log in enumerate(self.logs):
-            own = [*place, "--process_id", str(i)] if count > 1 else []
+            command = [*COMMAND, str(configs[i] if configs else config), "--workdir", str(workdir), *flags]
+            command += [*place, "--process_id", str(i)] if count > 1 else []
             with log.open("w") as file:
-                command = [sys.executable, "-m", "rlhf_jax", "run", str(configs[i] if configs else config)]
-                process = subprocess.Popen([*command, *common, *own], env=env, stdout=file, stderr=file)
-                self.processes.append(process)
+                self.processes.append(subprocess.Popen(command, env=self.environment, stdout=file, stderr=file))
 
     def wait(self, timeout: float = 600) -> list[int]:
         """The exit codes, when all have ended."""
