@@ -5,6 +5,7 @@ the watch a process would wait in a collective for ever.
 """
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -96,6 +97,10 @@ def watch(seconds: int) -> None:
         line = f"{_called(index)} has that number; each has its own, and a new run begins when the last has ended"
         _client().key_value_set(f"{_FAILED}{index}/2", line)
         raise UserError(f"--process_id {index}: {line}") from None
+    # Orbax's threads and logger tell of a lost peer, too, at length, before the watch does; their errors are raised.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    others = threading.excepthook
+    threading.excepthook = lambda args: None if _may_be_anothers(args.exc_value) else others(args)
     _watch = _Watch(seconds)
     _watch.start()
 
@@ -120,8 +125,8 @@ def parting(explain: Callable[[BaseException], tuple[str, int] | None]) -> Itera
             raise
         known = explain(error)
         if known is None:
-            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-                time.sleep(2 * _watch.seconds)  # it may come of another's end, which the watch then says
+            if _may_be_anothers(error):
+                time.sleep(2 * _watch.seconds)  # the watch says which process it was, and ends this one
             if not _watch.leaving.is_set():
                 traceback.print_exc()
         _fail(_watch, *(known or (f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)))
@@ -145,6 +150,11 @@ def _fail(watch: _Watch, line: str, code: int) -> None:
             _client().key_value_set(f"{_FAILED}{watch.index}/{code}", line)
         print(f"error: {watch.name}: {line}", file=sys.stderr, flush=True)
     watch.part(code)
+
+
+def _may_be_anothers(error: BaseException | None) -> bool:
+    """Whether an error may come of another process's end."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
 def _called(index: int) -> str:
