@@ -93,9 +93,9 @@ def test_processes_that_die_or_hang_end_the_others_in_time_and_the_run_goes_on(t
     config = write_config(tmp_path, "sft")
     whole = Run(config, tmp_path / "whole", 2, 1)
     assert whole.wait() == [0, 0], whole.said()
-    for step, (victim, name) in enumerate([(1, "KILL"), (0, "KILL"), (1, "STOP"), (0, "STOP")], start=1):
+    for victim, name in ((1, "KILL"), (0, "KILL"), (1, "STOP"), (0, "STOP")):
         broken = Run(config, tmp_path / "broken", 2, 1, seconds=LIMIT)
-        broken.wait_for("sft", step)
+        broken.wait_for_a_step()
         began = time.monotonic()
         broken.processes[victim].send_signal(signal.Signals[f"SIG{name}"])
         code, took = broken.processes[1 - victim].wait(timeout=20 * LIMIT), time.monotonic() - began
@@ -117,7 +117,7 @@ def test_processes_that_die_or_hang_end_the_others_in_time_and_the_run_goes_on(t
 def test_sigterm_on_one_host_stops_all_at_one_step_and_any_number_of_processes_goes_on(tmp_path):
     config, seldom = write_config(tmp_path, "sft"), ("--stages.sft.checkpoint_every", "100")
     stopped = Run(config, tmp_path / "run", 2, 1, *seldom)
-    stopped.wait_for("sft", 1)
+    stopped.wait_for_a_step()
     stopped.processes[1].terminate()
     assert stopped.wait() == [143, 143], stopped.said()
     steps = [re.search(r"stopped after step (\d+) of 12, saved", text)[1] for text in stopped.said()]
@@ -142,7 +142,7 @@ def test_what_differs_between_hosts_and_a_second_run_in_a_workdir_are_one_line(t
     ]
     assert not mixed.workdir.exists()
     first = Run(config, tmp_path / "run", 2, 1)
-    first.wait_for("sft", 1)
+    first.wait_for_a_step()
     second = Run(config, tmp_path / "run", 2, 1)
     assert second.wait() == [2, 2]
     assert all(text.count("\n") == 1 and f"another run works in {first.workdir} (" in text for text in second.said())
