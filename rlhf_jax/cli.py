@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import errno
 import json
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from rlhf_jax import __version__
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NO_ROOM, UserError
 
 USAGE = """usage: rlhf-jax COMMAND …
 
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: stopped; the same command goes on", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(f"error: no space left on the disk{where}; free some and repeat the command", file=sys.stderr)

@@ -7,6 +7,7 @@ A number that is not finite is left out, since JSON has no word for it: to a rea
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 import uuid
@@ -118,6 +119,10 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, int(step))
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
+
+    def sync(self) -> None:
+        """Wait until the lines so far are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close every writer."""

@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = (
-    ("types", "errors", "files", "cache", "numerics", "masking"),
+    ("types", "errors", "files", "digests", "cache", "numerics", "masking"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
     ("models", "interop", "sharding", "sampling", "rewards", "data"),
     ("optim", "train_step", "checkpoint", "metrics"),

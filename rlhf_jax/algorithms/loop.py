@@ -61,6 +61,10 @@ class Loop:
             self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
         )
         self._progress = Progress(self.name, self.steps, start=self._first).__enter__()
+        for line in self._checkpoints.damaged:
+            self.note(f"{self.name}: {line}")
+        if self._checkpoints.damaged and self._first == 0:
+            self.note(f"{self.name}: no good checkpoint is left: the stage begins anew")
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -96,9 +100,11 @@ class Loop:
     def record(self, state: Any, metrics: Metrics, *, tokens: int) -> None:
         """End a step: log the one before it, and save where a checkpoint is due.
 
-        Raises NonFiniteError, before anything is saved, where a metric is not finite, and Stopped after a signal.
+        Raises NonFiniteError, before anything is saved, where a metric is not finite, Stopped after a signal, and
+        UserError where the disk had no room for a checkpoint.
         """
         self._flush()
+        self._checkpoints.check()
         # Over several steps: the host runs ahead of the device, by as much as a step, and falls back at an evaluation.
         self._times.append((time.monotonic(), tokens))
         seconds = self._times[-1][0] - self._times[0][0]
@@ -106,6 +112,7 @@ class Loop:
         last = self._step == self.steps
         if last or self._step % self._every == 0 or self._signal is not None:
             self._flush()
+            self._writer.sync()  # no checkpoint is further than the metrics, even after a power cut
             assert self._cursor is not None
             self._checkpoints.save(self._step, state, self._cursor.get_state())
         if self._signal is not None:
