@@ -1,9 +1,9 @@
 """Checkpoints with Orbax: the whole state of a stage, its data cursor included, and nothing else.
 
-A save copies the arrays to the host; the rest goes on beside the next steps. Orbax writes the arrays into `.<step>.part`,
-the cursor follows, every file's digest is listed, and the folder is renamed to `<step>`: what has such a name was whole
-once, and what became of it since is found before a number of it is used. Where there are several processes, all write
-their shards, and the first alone judges, renames and deletes.
+A save copies the arrays to the host; the rest goes on beside the next steps. Orbax writes the arrays into
+`.<step>.part`, the cursor follows, every file's digest is listed, and the folder is renamed to `<step>`: what has such
+a name was whole once, and what became of it since is found before a number of it is used. Where there are several
+processes, all write their shards, and the first alone judges, renames and deletes.
 """
 
 import contextlib
@@ -187,7 +187,7 @@ def _check_arrays(folder: Path, there: dict[str, str], here: dict[str, str]) -> 
 
 @contextlib.contextmanager
 def _room_for(tree: Any, folder: Path, what: str, part: Path) -> Iterator[None]:
-    """Turn a full disk, seen before or met while writing, into one line; what is half-written goes, the rest is kept."""
+    """Turn a full disk, seen before or met while writing, into one line; what is half-written goes, the rest stays."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * _FREE_SPACE_FACTOR
     free = shutil.disk_usage(folder).free
     kept = "what was saved before is kept, free some space and repeat the command"

@@ -1,4 +1,4 @@
-"""Folders whose every file has a digest, so that a truncated file, a flipped byte or a lost file is found before use."""
+"""Folders whose every file has a digest, so that a truncated, flipped or lost file is found before use."""
 
 import hashlib
 import json

@@ -54,7 +54,13 @@ def _keep_before(path: Path, stage: str, resume_step: int) -> float:
     """Rewrite metrics.jsonl without this stage's lines from `resume_step` on; returns the last kept line's seconds."""
     if not path.exists():
         return 0.0
-    rows = read_jsonl(path)
+    try:
+        rows = read_jsonl(path)
+    except UserError as error:
+        raise UserError(f"{error}; without that line the run goes on") from None
+    for number, row in enumerate(rows, start=1):
+        if not row.keys() >= set(RESERVED):
+            raise UserError(f"{path}, row {number}: has no {', '.join(set(RESERVED) - row.keys())}")
     kept = [row for row in rows if row["stage"] != stage or row["step"] < resume_step]
     write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     return max((row["seconds"] for row in kept if row["stage"] == stage), default=0.0)

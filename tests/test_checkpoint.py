@@ -270,6 +270,6 @@ def test_damaged_parameters_are_not_read(tmp_path):
     for name, damage in FAULTS.items():
         save_params(folder, {"x": jnp.ones(3)})
         damage(folder / "_METADATA")
-        with pytest.raises(UserError, match="_METADATA .*makes these parameters again") as caught:
+        with pytest.raises(UserError, match=r"_METADATA .*makes these parameters again") as caught:
             load_params(folder, {"x": jnp.zeros(3)})
         assert "\n" not in str(caught.value), name
