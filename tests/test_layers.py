@@ -18,7 +18,7 @@ LAYERS = (
     ("types", "errors", "files", "digests", "cache", "numerics", "masking"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
     ("models", "interop", "sharding", "sampling", "rewards", "data"),
-    ("optim", "train_step", "checkpoint", "metrics"),
+    ("guard", "optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
     ("config", "run", "cli", "inference", "plan"),
 )

@@ -18,6 +18,7 @@ from rlhf_jax.metrics import MetricsWriter, Progress
 from rlhf_jax.types import Metrics, Params
 
 _CAUSES = ("score", "reward", "loss")  # where they are not finite, the others only follow
+_SPIKING = ("loss", "policy_loss", "value_loss", "grad_norm", "critic_grad_norm")
 
 
 class Cursor(Protocol):
@@ -100,8 +101,8 @@ class Loop:
     def record(self, state: Any, metrics: Metrics, *, tokens: int) -> None:
         """End a step: log the one before it, and save where a checkpoint is due.
 
-        Raises NonFiniteError, before anything is saved, where a metric is not finite, Stopped after a signal, and
-        UserError where the disk had no room for a checkpoint.
+        Raises NonFiniteError, before anything is saved, where a metric is not finite and no update was left out for it,
+        or where too many were; Stopped after a signal; UserError where the disk had no room for a checkpoint.
         """
         self._flush()
         self._checkpoints.check()
@@ -132,13 +133,12 @@ class Loop:
         step, metrics, rate = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        in_row, given_up = int(values.pop("skipped_in_row", 0)), values.pop("given_up", 0) > 0
         broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            cause = next((name for name in _CAUSES if name in broken), broken[0])
-            more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+        if given_up or (broken and not in_row):
             good = self._checkpoints.latest_step()
             kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
-            raise NonFiniteError(f"{self.name}: {cause} is {values[cause]} at step {step}{more}; {kept}")
+            raise NonFiniteError(f"{self.name}: {_cause(values, broken, step, in_row)}; {kept}")
         values["tokens_per_second"] = rate
         self._writer.write(step, values)
         self._progress.update(step, values)
@@ -149,6 +149,17 @@ class Loop:
             raise KeyboardInterrupt
         self._signal = number
         self.note(f"{self.name}: stopping after this step (again to stop at once)")
+
+
+def _cause(values: dict[str, float], broken: list[str], step: int, in_row: int) -> str:
+    """Why a stage stops at a step: what is not finite in it, else that it spikes, and how many steps before it did."""
+    before = f", the last of {in_row} updates in a row that were left out" if in_row > 1 else ""
+    if not broken:
+        seen = "  ".join(f"{name} {values[name]:.4g}" for name in _SPIKING if name in values)
+        return f"a spike at step {step} ({seen}){before}"
+    cause = next((name for name in _CAUSES if name in broken), broken[0])
+    more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+    return f"{cause} is {values[cause]} at step {step}{more}{before}"
 
 
 def finish(context: Context, name: str, params: Params) -> None:
