@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -129,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:  # of SIGINT, or of the signal that it names
         print("error: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return 128 + next(iter(error.args), signal.SIGINT)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -10,11 +10,14 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -59,7 +62,7 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
-    with _locked(workdir):
+    with _locked(workdir), _terminable():
         if _is_complete(workdir, experiment) and all(_is_finished(workdir / name) for name in experiment.stages):
             say(f"{workdir} is complete: its figures are in summary.json and report.html")
         else:
@@ -228,6 +231,24 @@ def _locked(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another run works in {workdir}; wait for it, or choose another --workdir") from None
         yield
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end what holds nothing that is not saved, as Ctrl-C does; a stage's `Loop` hears both by itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

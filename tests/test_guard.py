@@ -53,7 +53,8 @@ def by_hand(optimizer, data):
     for place, batch in enumerate(data):
         if batch is not None:
             update, state = jax.jit(adam.update)(gradient_of(params, batch), state, params)
-            params = jax.tree.map(lambda p, u, s=share(place): p + optimizer.learning_rate * s * u, params, update)
+            scale = optimizer.learning_rate * share(place)
+            params = {"w": params["w"] + scale * update["w"]}
     return params["w"]
 
 

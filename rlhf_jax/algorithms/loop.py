@@ -146,7 +146,7 @@ class Loop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._signal is not None:  # asked twice: at once, losing the current step alone
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self._signal = number
         self.note(f"{self.name}: stopping after this step (again to stop at once)")
 
