@@ -3,8 +3,8 @@
 import argparse
 import contextlib
 import difflib
-import errno
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from rlhf_jax import __version__
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NO_ROOM, UserError
 
 USAGE = """usage: rlhf-jax COMMAND …
 
@@ -139,9 +139,9 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
     """An error's line and exit code; None for what is to be seen with its traceback."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped; the same command goes on", 130
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, KeyboardInterrupt):  # of SIGINT, or of the signal that it names
+        return "stopped; the same command goes on", 128 + next(iter(error.args), signal.SIGINT)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" for {error.filename}" if error.filename else ""
         return f"no space left on the disk{where}; free some and repeat the command", 2
     return None

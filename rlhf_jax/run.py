@@ -10,20 +10,24 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
 
-from rlhf_jax import __version__, hosts, models, report, sharding
+from rlhf_jax import __version__, checkpoint, digests, hosts, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.cache import cache_dir
+from rlhf_jax.checkpoint import KEPT
 from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.files import write_whole
@@ -45,7 +49,7 @@ _PATIENCE = 60  # seconds until a host sees what another has written
 
 
 def run(experiment: Experiment, workdir: Path, command: list[str], *, began: float | None = None) -> dict[str, Any]:
-    """Run every stage that is not finished yet; returns what summary.json holds.
+    """Run every stage that is not finished yet, or whose files are damaged; returns what summary.json holds.
 
     The summary's seconds count from `began`, a reading of time.monotonic(), or from this call.
 
@@ -56,9 +60,11 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
     _check(experiment, workdir)
     config = to_dict(experiment)
     _check_agreement({**config, "versions": _versions()})
-    with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext():
+    with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), _terminable():
         _check_shared(workdir)
-        if hosts.from_writer(lambda: _is_complete(workdir, experiment)):
+        if hosts.from_writer(lambda: _is_complete(workdir, experiment)) and all(
+            [_is_finished(workdir / name) for name in experiment.stages]
+        ):
             say(f"{workdir} is complete: its figures are in summary.json and report.html")
         else:
             if hosts.is_writer() and not (workdir / "config.json").exists():
@@ -122,10 +128,10 @@ def _check(experiment: Experiment, workdir: Path) -> None:
 
 
 def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:
-    """Raise UserError unless the disk has room for each stage's parameters and for a checkpoint, moments included."""
+    """Raise UserError unless the disk has room for each stage's parameters and for checkpoints, moments included."""
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    needed, free = params_bytes * (len(experiment.stages) + 3), shutil.disk_usage(folder).free
-    if free < needed and not _is_complete(workdir, experiment):
+    needed, free = params_bytes * (len(experiment.stages) + 3 * KEPT), shutil.disk_usage(folder).free
+    if free < needed and not (workdir / "summary.json").exists():
         raise UserError(
             f"--workdir {workdir}: no disk space: the run needs at least {needed / 1e6:.0f} MB, "
             f"{free / 1e6:.0f} MB are free"
@@ -160,8 +166,7 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def _is_complete(workdir: Path, experiment: Experiment) -> bool:
-    path = workdir / "summary.json"
-    return path.exists() and set(experiment.stages) <= set(_read_json(path))
+    return set(experiment.stages) <= set(_whole_json(workdir / "summary.json") or ())
 
 
 def _train(experiment: Experiment, workdir: Path, began: float) -> None:
@@ -177,7 +182,8 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
         )
         for name, stage in experiment.stages.items():
             _run_stage(name, stage, context)
-        summary = hosts.from_writer(lambda: {name: _read_json(_done(context, name)) for name in experiment.stages})
+        files = {name: workdir / name / "summary.json" for name in experiment.stages}
+        summary = hosts.from_writer(lambda: {name: _read_json(path) for name, path in files.items()})
         digests = {}
         for name, stage in experiment.stages.items():
             load = context.head_params if stage.produces == "reward" else context.policy_params
@@ -195,7 +201,7 @@ def _summary(workdir: Path) -> dict[str, Any]:
 
 
 def _run_stage(name: str, stage: Any, context: Context) -> None:
-    if hosts.from_writer(_done(context, name).exists):
+    if _is_finished(context.stage_dir(name)):
         say(f"{name}: finished before")
         return
     summary = STAGES[type(stage)](stage, context, name)
@@ -203,7 +209,7 @@ def _run_stage(name: str, stage: Any, context: Context) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise NonFiniteError(f"{name}: {key} is {value} at the end; its checkpoints are kept")
     if hosts.is_writer():
-        _write_json(_done(context, name), summary)
+        _write_json(context.stage_dir(name) / "summary.json", summary)
     say(f"{name}: " + "  ".join(f"{key} {_figure(value)}" for key, value in summary.items()))
 
 
@@ -211,9 +217,31 @@ def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _done(context: Context, name: str) -> Path:
-    """A stage's own summary, which says that it is finished."""
-    return context.stage_dir(name) / "summary.json"
+def _is_finished(stage_dir: Path) -> bool:
+    """Whether a stage has its summary, and its parameters as they were written; what is damaged is set aside.
+
+    Such a stage runs again: from its last checkpoint, which has all its steps, where that is good.
+    """
+    if hosts.from_writer(lambda: _whole_json(stage_dir / "summary.json")) is None:
+        return False
+    wrong = checkpoint.damage(stage_dir / "params")
+    if wrong is not None:
+        hosts.from_writer(lambda: _set_aside(stage_dir / "params", wrong))
+    return wrong is None
+
+
+def _whole_json(path: Path) -> dict[str, Any] | None:
+    """What a file that can be made again holds; None where there is none, or where it is damaged and set aside."""
+    try:
+        return _read_json(path) if path.exists() else None
+    except UserError as error:
+        _set_aside(path, str(error))
+        return None
+
+
+def _set_aside(path: Path, wrong: str) -> None:
+    if path.exists():
+        say(f"{path}, now {digests.set_aside(path).name}: {wrong}; it is made again")
 
 
 @contextlib.contextmanager
@@ -255,10 +283,28 @@ def _check_shared(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end what holds nothing that is not saved, as Ctrl-C does; a stage's `Loop` hears both by itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def _session(workdir: Path, began: float) -> Iterator[None]:
     """Add this session's seconds, and its memory if it is the largest, to those before it; however it ends."""
     path = workdir / _SESSIONS
-    before = _read_json(path) if path.exists() else {"seconds": 0.0, "peak_memory_bytes": 0}
+    before = {"seconds": 0.0, "peak_memory_bytes": 0} | (hosts.from_writer(lambda: _whole_json(path)) or {})
     try:
         yield
     finally:

@@ -137,6 +137,27 @@ class TestAgain:
         go(workdir)
         assert trained(workdir) == ["sft", "ppo", "ppo"]
 
+    @pytest.mark.parametrize(
+        ("damaged", "again"),
+        [("sft/params/_METADATA", ["sft"]), ("ppo/summary.json", ["ppo"]), ("summary.json", []), ("sessions.json", [])],
+    )
+    def test_what_is_damaged_is_set_aside_and_made_again(self, damaged, again, workdir, capsys):
+        whole = go(workdir)
+        path = workdir / damaged
+        path.write_bytes(path.read_bytes()[:-9])
+        if damaged == "sessions.json":
+            (workdir / "summary.json").unlink()
+        capsys.readouterr()
+        summary = go(workdir)
+        assert trained(workdir) == ["sft", "ppo", *again]
+        aside = workdir / damaged.replace("params/_METADATA", "params")
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
+        assert str(path) in line and f"{aside.name}.damaged" in line
+        assert aside.with_name(f"{aside.name}.damaged").exists()
+        same = ("sft", "ppo", "params_digest")
+        assert [summary[name] for name in same] == [whole[name] for name in same]
+        assert go(workdir) == summary and trained(workdir) == ["sft", "ppo", *again]
+
     def test_keyboard_interrupt_between_stages_passes(self, workdir, monkeypatch):
         def interrupt(*_):
             raise KeyboardInterrupt

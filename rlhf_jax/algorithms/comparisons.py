@@ -79,8 +79,11 @@ class Comparisons:
 
 
 def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
-    """The sampled comparisons, which are made once and kept in `<stage>/data`."""
+    """The sampled comparisons, which are made once and kept in `<stage>/data`; made again where these are damaged."""
     folder = context.stage_dir(name) / "data"
+    damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
+    if damaged is not None:
+        Progress(name, 0).note(f"{name}: {damaged}")
     if not hosts.from_writer(lambda: preferences.exists(folder)):
         splits = _sample(pairs, context, name)
         hosts.from_writer(lambda: preferences.write(folder, splits))

@@ -18,6 +18,7 @@ from rlhf_jax.metrics import MetricsWriter, Progress
 from rlhf_jax.types import Metrics, Params
 
 _CAUSES = ("score", "reward", "loss")  # where they are not finite, the others only follow
+_SPIKING = ("loss", "policy_loss", "value_loss", "grad_norm", "critic_grad_norm")
 
 
 class Cursor(Protocol):
@@ -50,7 +51,7 @@ class Loop:
         self.name, self.steps = name, steps
         self._context, self._every = context, checkpoint_every
         self._checkpoints = checkpoint.Checkpoints(context.stage_dir(name) / "checkpoints")
-        self._first = hosts.from_writer(self._checkpoints.latest_step) or 0
+        self._first = self._checkpoints.latest_step() or 0
         self._step = self._first
         self._cursor: Cursor | None = None
         self._pending: tuple[int, Metrics, float] | None = None
@@ -65,6 +66,10 @@ class Loop:
                 self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
             )
         self._progress = Progress(self.name, self.steps, start=self._first).__enter__()
+        for line in self._checkpoints.damaged:
+            self.note(f"{self.name}: {line}")
+        if self._checkpoints.damaged and self._first == 0:
+            self.note(f"{self.name}: no good checkpoint is left: the stage begins anew")
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -104,9 +109,11 @@ class Loop:
     def record(self, state: Any, metrics: Metrics, *, tokens: int) -> None:
         """End a step: log the one before it, and save where a checkpoint is due.
 
-        Raises NonFiniteError, before anything is saved, where a metric is not finite, and Stopped after a signal.
+        Raises NonFiniteError, before anything is saved, where a metric is not finite and no update was left out for it,
+        or where too many were; Stopped after a signal; UserError where the disk had no room for a checkpoint.
         """
         self._flush()
+        self._checkpoints.check()
         # Over several steps: the host runs ahead of the device, by as much as a step, and falls back at an evaluation.
         self._times.append((time.monotonic(), tokens))
         seconds = self._times[-1][0] - self._times[0][0]
@@ -114,6 +121,8 @@ class Loop:
         last, stop = self._step == self.steps, self._asked()
         if last or self._step % self._every == 0 or stop is not None:
             self._flush()
+            if self._writer is not None:
+                self._writer.sync()  # no checkpoint is further than the metrics, even after a power cut
             assert self._cursor is not None
             self._checkpoints.save(self._step, state, self._cursor.get_state())
         if stop is not None:
@@ -133,13 +142,12 @@ class Loop:
         step, metrics, rate = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        in_row, given_up = int(values.pop("skipped_in_row", 0)), values.pop("given_up", 0) > 0
         broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            cause = next((name for name in _CAUSES if name in broken), broken[0])
-            more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+        if given_up or (broken and not in_row):
             good = self._checkpoints.latest_step()
             kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
-            raise NonFiniteError(f"{self.name}: {cause} is {values[cause]} at step {step}{more}; {kept}")
+            raise NonFiniteError(f"{self.name}: {_cause(values, broken, step, in_row)}; {kept}")
         values["tokens_per_second"] = rate
         if self._writer is not None:
             self._writer.write(step, values)
@@ -155,9 +163,20 @@ class Loop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._signal is not None:  # asked twice: at once, losing the current step alone
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self._signal = number
         self.note(f"{self.name}: stopping after this step (again to stop at once)")
+
+
+def _cause(values: dict[str, float], broken: list[str], step: int, in_row: int) -> str:
+    """Why a stage stops at a step: what is not finite in it, else that it spikes, and how many steps before it did."""
+    before = f", the last of {in_row} updates in a row that were left out" if in_row > 1 else ""
+    if not broken:
+        seen = "  ".join(f"{name} {values[name]:.4g}" for name in _SPIKING if name in values)
+        return f"a spike at step {step} ({seen}){before}"
+    cause = next((name for name in _CAUSES if name in broken), broken[0])
+    more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+    return f"{cause} is {values[cause]} at step {step}{more}{before}"
 
 
 def finish(context: Context, name: str, params: Params) -> None:

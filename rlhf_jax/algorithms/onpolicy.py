@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import hosts, sharding
+from rlhf_jax import guard, hosts, sharding
 from rlhf_jax.algorithms.context import BASE, Context, Kind, check_field, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
@@ -192,7 +192,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, name: str) -> dict
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
     deviations = hosts.from_writer(lambda: largest(context, name, "ratio_deviation", "sampling_deviation"))
     counts = {} if config.data is None else prompts.counts.figures()
-    return {**compare(before, after), **deviations, **counts, "steps": config.steps}
+    return {**compare(before, after), **deviations, **counts, **guard.figures(state), "steps": config.steps}
 
 
 def fit(

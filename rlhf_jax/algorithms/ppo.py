@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import kl, losses, masking, models
+from rlhf_jax import guard, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import onpolicy
 from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
@@ -239,7 +239,7 @@ class Algorithm:
         logits = self.completion_logits(frozen.policy(state.policy.params), first)
         deviation = ratio_deviation(self.kept_logps(logits, first), first.logps[:, c.prompt_length :])
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
-        policy, critic = jax.tree.map(jnp.mean, (policy, critic))
+        policy, critic = guard.over_steps(policy), guard.over_steps(critic)
         return state, {
             "ratio_deviation": deviation,
             "policy_loss": policy["loss"],
@@ -250,6 +250,7 @@ class Algorithm:
             "grad_norm": policy["grad_norm"],
             "critic_grad_norm": critic["grad_norm"],
             "skipped_updates": policy["stopped"],
+            **guard.together(policy, critic),
         }
 
     def policy_loss(self) -> LossFn:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import hosts, losses, masking, models, sharding
+from rlhf_jax import guard, hosts, losses, masking, models, sharding
 from rlhf_jax.algorithms import comparisons
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
 from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named, own_source
@@ -205,6 +205,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         "score_mean": mean,
         "score_std": std,
         "steps": config.steps,
+        **guard.figures(state),
         **data.counts.figures(),
     }
 

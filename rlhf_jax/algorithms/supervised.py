@@ -9,7 +9,7 @@ import grain
 import jax
 from jaxtyping import Array
 
-from rlhf_jax import losses, models, sharding
+from rlhf_jax import guard, losses, models, sharding
 from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
@@ -146,7 +146,7 @@ def fit(
             if step % config.evaluate_every == 0 or step == config.steps:
                 metrics["heldout_loss"] = heldout_loss(state.params)
             loop.record(state, metrics, tokens=batch.loss_mask.sum() * shards)
-        figures = {"heldout_loss": float(heldout_loss(state.params)), "steps": config.steps}
+        figures = {"heldout_loss": float(heldout_loss(state.params)), "steps": config.steps, **guard.figures(state)}
     finish(context, name, state.params)
     return state.params, figures
 

@@ -56,6 +56,7 @@ LABELS = {
     "score_std": Label("standard deviation of scores as trained"),
     "seq_kl": Label("KL to reference", "nats per sequence"),
     "skipped_updates": Label("updates skipped", "count"),
+    "skipped": Label("bad updates left out", "count"),
     "steps": Label("steps"),
     "tokens_per_second": Label("speed", "tokens per second"),
     "vader": Label("VADER", "compound, −1 to 1"),
