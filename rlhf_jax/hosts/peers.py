@@ -54,6 +54,7 @@ class _Watch(threading.Thread):
             if self.leaving.is_set():
                 if set(live) == {self.index}:
                     self.alone.set()
+                    return
             elif failed and not self.leaving.wait(_GRACE):
                 key, line = min(failed.items())
                 index, code = key.removeprefix(_FAILED).split("/")
@@ -141,6 +142,7 @@ def _leave() -> None:
     if _watch.index == 0:
         _watch.alone.wait(_PARTING)
     jax.distributed.shutdown()
+    _watch.join(_PARTING)  # Python must not end while a thread is in C++
 
 
 def _fail(watch: _Watch, line: str, code: int) -> None:
