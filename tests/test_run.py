@@ -130,6 +130,13 @@ class TestAgain:
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert read(workdir / "config.json")["command"] == ["rlhf-jax", "run", "toy.py"]
 
+    def test_another_mesh_is_no_other_experiment(self, workdir, capsys):
+        go(workdir)
+        (workdir / "ppo" / "summary.json").unlink()
+        go(workdir, mesh=MeshConfig(fsdp=4))
+        assert "begun on another mesh: mesh.fsdp: 1 there, 4 here" in capsys.readouterr().err
+        assert trained(workdir) == ["sft", "ppo", "ppo"]
+
     def test_a_stage_killed_before_its_summary_runs_again(self, workdir):
         go(workdir)
         (workdir / "summary.json").unlink()

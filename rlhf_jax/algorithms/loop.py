@@ -76,8 +76,10 @@ class Loop:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._progress.__exit__(kind, error, trace)
-        self._writer.close()
-        self._checkpoints.close()
+        try:
+            self._checkpoints.close()
+        finally:
+            self._writer.close()
         if self._signal is not None and kind is None:  # it came after the last step was recorded
             raise self._stopped(self._signal)
 
