@@ -1,8 +1,10 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -164,6 +166,14 @@ class TestAgain:
         same = ("sft", "ppo", "params_digest")
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert go(workdir) == summary and trained(workdir) == ["sft", "ppo", *again]
+
+    def test_sigterm_where_nothing_is_to_be_saved_ends_the_run_at_once(self, workdir, monkeypatch):
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setitem(run.STAGES, ToyStage, lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)])
+        with pytest.raises(KeyboardInterrupt) as caught:
+            go(workdir)
+        assert caught.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) is before
+        assert read(workdir / "sessions.json")["seconds"] < 30
 
     def test_keyboard_interrupt_between_stages_passes(self, workdir, monkeypatch):
         def interrupt(*_):
