@@ -34,6 +34,18 @@ def damage(folder: Path) -> str | None:
     return next((wrong for name, listed in files.items() if (wrong := _wrong(folder / name, *listed))), None)
 
 
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write a file, and beside it `<name>.sha256`, as sha256sum does."""
+    write_whole(path.with_name(f"{path.name}.sha256"), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    write_whole(path, content)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is as `write_sealed` wrote it."""
+    seal = path.with_name(f"{path.name}.sha256")
+    return path.is_file() and seal.is_file() and seal.read_bytes().startswith(_digest(path).encode())
+
+
 def set_aside(path: Path) -> Path:
     """Rename a file or folder to `<name>.damaged`, with a number where that is taken; returns where it is now."""
     places = [path.with_name(f"{path.name}.damaged{n}") for n in ("", *(f".{i}" for i in range(2, 1000)))]

@@ -273,3 +273,15 @@ def test_damaged_parameters_are_not_read(tmp_path):
         with pytest.raises(UserError, match=r"_METADATA .*makes these parameters again") as caught:
             load_params(folder, {"x": jnp.zeros(3)})
         assert "\n" not in str(caught.value), name
+
+
+def test_a_sealed_file_is_whole_until_it_is_touched(tmp_path):
+    path = tmp_path / "model"
+    for name, damage in FAULTS.items():
+        digests.write_sealed(path, b"some bytes")
+        assert digests.is_whole(path), name
+        damage(path)
+        assert not digests.is_whole(path), name
+    digests.write_sealed(path, b"some bytes")
+    (tmp_path / "model.sha256").unlink()
+    assert not digests.is_whole(path)

@@ -81,13 +81,15 @@ def test_a_run_that_is_killed_filled_up_and_damaged_ends_where_an_unbroken_one_d
             assert code == -signal.SIGKILL
         flip(newest(broken, "reward_model"))
         flip(next(path for path in (broken / "sft" / "params").rglob("*") if path.parent.name == "d"))
+        flip(broken / "tokenizer.model")
         done = faulty.run(broken)
         assert done.returncode == 0, done.stderr
         faulty.check_same(whole, broken)
         aside = {path.relative_to(broken).parent.as_posix() for path in broken.rglob("*.damaged")}
-        assert aside == {"sft", "sft/checkpoints", "reward_model/checkpoints"}
+        assert aside == {".", "sft", "sft/checkpoints", "reward_model/checkpoints"}
         told = [line for line in done.stderr.splitlines() if "damaged" in line]
-        assert len(told) == 2 and "sft/params" in told[0] and told[1].startswith("reward_model: the checkpoint of step")
+        named = ("tokenizer.model", "sft/params", "reward_model: the checkpoint of step")
+        assert len(told) == 3 and all(name in line for name, line in zip(named, told, strict=True))
 
 
 @pytest.mark.slow
@@ -95,24 +97,32 @@ def test_a_run_that_is_killed_filled_up_and_damaged_ends_where_an_unbroken_one_d
 def test_two_dozen_kills_at_random_moments(tmp_path, seed):
     """In each stage at steps and a part of a second after them, and at any second of start, compilation and reading."""
     faulty = Faulty(tmp_path, *STEPS)
-    whole, draw, broken, kills = unbroken(faulty), random.Random(seed), tmp_path / "broken", 0
+    whole, draw, broken, codes = unbroken(faulty), random.Random(seed), tmp_path / "broken", []
     for stage, steps in STEPS.items():
         for step in sorted(draw.sample(range(1, steps), 6)):
-            late, ready = draw.uniform(0, 0.2), at_step(broken, stage, step)
-            seen = []
-
-            def moment(seconds, ready=ready, late=late, seen=seen):
-                if not seen and ready(seconds):
-                    seen.append(seconds)
-                return bool(seen) and seconds >= seen[0] + late
-
-            kills += faulty.end(broken, moment)[0] == -signal.SIGKILL
-        for _ in range(2):
-            after = draw.uniform(0, 15)
-            kills += faulty.end(broken, lambda seconds, after=after: seconds >= after)[0] == -signal.SIGKILL
-    print(f"seed {seed}: {kills} kills")
-    assert kills >= 20
+            moment = shortly_after(at_step(broken, stage, step), draw.uniform(0, 0.2))
+            codes.append(faulty.end(broken, moment)[0])
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            code, said, seconds = faulty.end(broken, shortly_after(lambda _: True, draw.uniform(0, 15)), number)
+            codes.append(code)
+            print(f"seed {seed}: {stage}: code {code}, {seconds:.1f} s after signal {number}")
+            assert code != 128 + number or said.splitlines()[-1].endswith("the same command goes on")
+    print(f"seed {seed}: {codes.count(-signal.SIGKILL)} kills")
+    assert codes.count(-signal.SIGKILL) >= 20
+    assert set(codes) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0}  # 0: it had come to its end
     done = faulty.run(broken)
     assert done.returncode == 0, done.stderr
     faulty.check_same(whole, broken)
     assert not list(broken.rglob("*.damaged*"))
+
+
+def shortly_after(moment, late):
+    """So many seconds after a moment."""
+    seen = []
+
+    def later(seconds):
+        if not seen and moment(seconds):
+            seen.append(seconds)
+        return bool(seen) and seconds >= seen[0] + late
+
+    return later
