@@ -15,7 +15,7 @@ from tests.algorithms.conftest import SPEC, put_stages
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-ABSURD = Optimizer(learning_rate=1e30, clip_norm=1e30, bad_steps="skip", most_skipped=3)
+ABSURD = Optimizer(learning_rate=1e38, clip_norm=1e30, bad_steps="skip", most_skipped=3)
 
 
 def test_adapters_over_microbatches(make_context, pretrained):
