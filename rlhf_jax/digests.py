@@ -29,7 +29,7 @@ def damage(folder: Path) -> str | None:
         files = {name: (size, digest) for name, (size, digest) in listed.items()}
     except FileNotFoundError:
         return f"{path if folder.is_dir() else folder} is missing"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{path} is no list of digests ({type(error).__name__}: {error})"
     return next((wrong for name, listed in files.items() if (wrong := _wrong(folder / name, *listed))), None)
 
@@ -60,7 +60,10 @@ def _wrong(path: Path, size: int, digest: str) -> str | None:
         return f"{path} is missing"
     if path.stat().st_size != size:
         return f"{path} has {path.stat().st_size} bytes, not {size}"
-    return None if _digest(path) == digest else f"{path} does not have the digest that it was written with"
+    try:
+        return None if _digest(path) == digest else f"{path} does not have the digest that it was written with"
+    except OSError as error:  # a bad block
+        return f"{path} cannot be read ({error.strerror})"
 
 
 def _digest(path: Path) -> str:

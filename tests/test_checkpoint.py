@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
     checkpoints.save(1, {"w": {"b": jnp.ones(2)}}, {})
     wrong = {"shape": jnp.ones(3), "type": jnp.ones(2, jnp.int32)}
     for kind, there in (("shape", "float32[2] there and float32[3] here"), ("type", "float32[2] there and int32[2]")):
-        with pytest.raises(UserError, match="another model: w/b is") as caught:
+        with pytest.raises(UserError, match="of another model: w/b is") as caught:
             checkpoints.restore({"w": {"b": wrong[kind]}})
         assert there in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="a is nothing there and float32"):
@@ -263,6 +263,13 @@ def test_parameters_are_replaced_and_read_onto_any_mesh(tmp_path):
     assert bits(loaded) == bits(params)
     assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(lambda x: x.sharding, target)
     assert [path.name for path in folder.parent.iterdir()] == ["params"]
+
+
+def test_parameters_of_another_model_are_one_line(tmp_path):
+    save_params(tmp_path / "params", {"w": {"b": jnp.ones(2, jnp.bfloat16)}})
+    assert load_params(tmp_path / "params", {"w": {"b": jnp.zeros(2)}})["w"]["b"].dtype == jnp.float32
+    with pytest.raises(UserError, match=r"params is of another model: w/b is \[2\] there and \[3\] here"):
+        load_params(tmp_path / "params", {"w": {"b": jnp.zeros(3)}})
 
 
 def test_damaged_parameters_are_not_read(tmp_path):
