@@ -65,7 +65,7 @@ class Checkpoints:
             if hosts.is_writer():
                 part.mkdir()
             self._writer.save(part / _STATE, arrays)
-        self._saving = self._thread.submit(self._commit, step, arrays_of(arrays), cursor, part)
+        self._saving = self._thread.submit(self._commit, step, _arrays(arrays), cursor, part)
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint (or that of `step`) in the shapes, types and shardings of `state`, and its cursor.
@@ -75,7 +75,7 @@ class Checkpoints:
         newest = self.latest_step()
         folder = self.folder / str(newest if step is None else step)
         about, target = json.loads((folder / _CURSOR).read_bytes()), _key_data(state)
-        _check_arrays(folder, about["arrays"], arrays_of(target))
+        _check_same(folder, about["arrays"], _arrays(target))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
         return _wrap_keys(self._writer.restore(folder / _STATE, target), state), about["cursor"]
 
@@ -152,29 +152,29 @@ def damage(folder: Path) -> str | None:
 def load_params(folder: Path, target: Params) -> Params:
     """Read parameters in the shapes, types and shardings of `target` (arrays or ShapeDtypeStructs).
 
-    Raises UserError where a file is not as it was written.
+    Raises UserError where a file is not as it was written, or the parameters are another model's.
     """
     wrong = damage(folder)
     if wrong is not None:
         raise UserError(f"{wrong}; `rlhf-jax run` with this workdir makes these parameters again")
     with _checkpointer() as checkpointer:
+        stored = checkpointer.metadata(folder.resolve()).item_metadata
+        _check_same(folder, _arrays(stored.tree if stored else {}, types=False), _arrays(target, types=False))
         return checkpointer.restore(folder.resolve(), target)
 
 
-def arrays_of(tree: Any) -> dict[str, str]:
-    """Type and shape of each array, by its path."""
+def _arrays(tree: Any, *, types: bool = True) -> dict[str, str]:
+    """Type and shape of each array, or its shape alone, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {name: f"{leaf.dtype if types else ''}{list(leaf.shape)}" for name, leaf in named.items()}
 
 
-def _check_arrays(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
+def _check_same(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
     for name in sorted(there.keys() | here.keys()):
         a, b = (arrays.get(name, "nothing") for arrays in (there, here))
         if a != b:
-            raise UserError(f"{folder} is a checkpoint of another model: {name} is {a} there and {b} here")
+            raise UserError(f"{folder} is of another model: {name} is {a} there and {b} here")
 
 
 @contextlib.contextmanager

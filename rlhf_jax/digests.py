@@ -29,9 +29,21 @@ def damage(folder: Path) -> str | None:
         files = {name: (size, digest) for name, (size, digest) in listed.items()}
     except FileNotFoundError:
         return f"{path if folder.is_dir() else folder} is missing"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{path} is no list of digests ({type(error).__name__}: {error})"
     return next((wrong for name, listed in files.items() if (wrong := _wrong(folder / name, *listed))), None)
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write a file, and beside it `<name>.sha256`, as sha256sum does."""
+    write_whole(path.with_name(f"{path.name}.sha256"), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    write_whole(path, content)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is as `write_sealed` wrote it."""
+    seal = path.with_name(f"{path.name}.sha256")
+    return path.is_file() and seal.is_file() and seal.read_bytes().startswith(_digest(path).encode())
 
 
 def set_aside(path: Path) -> Path:
@@ -48,7 +60,10 @@ def _wrong(path: Path, size: int, digest: str) -> str | None:
         return f"{path} is missing"
     if path.stat().st_size != size:
         return f"{path} has {path.stat().st_size} bytes, not {size}"
-    return None if _digest(path) == digest else f"{path} does not have the digest that it was written with"
+    try:
+        return None if _digest(path) == digest else f"{path} does not have the digest that it was written with"
+    except OSError as error:  # a bad block
+        return f"{path} cannot be read ({error.strerror})"
 
 
 def _digest(path: Path) -> str:

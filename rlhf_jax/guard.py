@@ -38,10 +38,11 @@ def guarded(
     """
 
     def init(params: Any) -> Guarded:
-        levels, counts = [jnp.zeros(window) for _ in range(2)], [jnp.zeros((), jnp.int32) for _ in range(3)]
-        return Guarded(*levels, *counts, jnp.zeros((), bool), inner.init(params))
+        losses, norms = jnp.zeros(window), jnp.zeros(window)
+        taken, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return Guarded(losses, norms, taken, skipped, in_row, jnp.zeros((), bool), inner.init(params))
 
-    def update(grads: Any, state: Guarded, params: Any = None, *, loss: Array) -> tuple[Any, Guarded]:
+    def update(grads: Any, state: Any, params: Any = None, *, loss: Array) -> tuple[Any, Guarded]:
         norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if sigmas is not None:
@@ -59,7 +60,7 @@ def guarded(
             inner=jax.tree.map(lambda old, new: jnp.where(bad, old, new), state.inner, after),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  # it has loss=
 
 
 def _spikes(x: Array, recent: Float[Array, " w"], taken: Int[Array, ""], sigmas: float) -> Bool[Array, ""]:
@@ -98,7 +99,7 @@ def together(*metrics: Metrics) -> Metrics:
     if not guards:
         return {}
     worst = {name: jnp.stack([one[name] for one in guards]).max() for name in ("skipped_in_row", "given_up")}
-    return {"skipped": sum(one["skipped"] for one in guards), **worst}
+    return {"skipped": jnp.stack([one["skipped"] for one in guards]).sum(), **worst}
 
 
 def figures(state: Any) -> dict[str, int]:

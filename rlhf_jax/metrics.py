@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2
 
 from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 
+_EVENT: Any = vars(event_pb2)["Event"]  # made at run time: type checkers do not see it
 RESERVED = ("stage", "step", "seconds")
 
 
@@ -103,8 +103,8 @@ class MetricsWriter:
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and its queue then waits for ever. The
         # suffix keeps two sessions that begin within one second in two files, in order.
         self._tensorboard = EventsWriter(str(folder / "events"), f".{resume_step:09d}")
-        start = SessionLog(status=SessionLog.START)  # readers drop what an earlier session wrote from this step on
-        self._tensorboard.write_event(Event(step=resume_step, session_log=start))
+        # Of what an earlier session wrote readers drop what is from this step on.
+        self._tensorboard.write_event(_EVENT(step=resume_step, session_log={"status": "START"}))
         self._wandb = _wandb_run(self.workdir, stage) if wandb else None
 
     @property
@@ -124,8 +124,8 @@ class MetricsWriter:
         line = {"stage": self.stage, "step": int(step), "seconds": round(self.seconds, 3), **finite}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-        self._tensorboard.write_event(Event(step=int(step), wall_time=time.time(), summary=Summary(value=values)))
+        values = [{"tag": name, "simple_value": value} for name, value in finite.items()]
+        self._tensorboard.write_event(_EVENT(step=int(step), wall_time=time.time(), summary={"value": values}))
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))

@@ -147,7 +147,7 @@ def _check_agreement(here: dict[str, Any]) -> None:
 
 
 def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Raise UserError unless the folder is this experiment's, or new."""
+    """Raise UserError unless the folder is this experiment's, on whatever mesh, or new."""
     path = workdir / "config.json"
     if not path.exists():
         if workdir.is_dir() and any(not inside.name.startswith(".") for inside in workdir.iterdir()):
@@ -158,11 +158,15 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     there = _read_json(path).get("experiment")
     if not isinstance(there, dict):
         raise UserError(f"{path} is damaged: it has no 'experiment'; choose another --workdir")
-    changed = differences(there, config)
+    found = differences(there, config)
+    moved = [line for line in found if line.startswith("mesh.")]
+    changed = [line for line in found if line not in moved]
     if changed:
         raise UserError(
             f"{workdir} was made by another config: {'; '.join(changed)}. Choose another --workdir, or those values"
         )
+    if moved:  # what is saved can be read onto any
+        say(f"{workdir} was begun on another mesh: {'; '.join(moved)}")
 
 
 def _is_complete(workdir: Path, experiment: Experiment) -> bool:

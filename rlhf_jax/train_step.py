@@ -34,7 +34,6 @@ def make_train_step(
     random, by a key of the state's.
     `base` are frozen parameters: the loss reads `lora.merge(base, state.params)`, and the latter alone are trained.
     """
-
     guarding = optax.with_extra_args_support(optimizer)
 
     def total(params: Params, base: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[jax.Array, Any]:

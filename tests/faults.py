@@ -30,33 +30,30 @@ def get_config():
     spec = ModelSpec(vocab_size=320, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32, max_len=40)
     pairs = reward_model.SampledPairs(prompts=32, heldout_prompts=16, completion_tokens=12, batch_size=48)
     optimizer = Optimizer(schedule="linear", bad_steps="skip", spike_sigmas=6.0, spike_window=8)
-    data = sft.Openings(completion_tokens=12)
-    return Experiment(
-        model=Scratch(spec),
-        data=Jsonl(Path(__file__).with_name("texts.jsonl"), heldout=0.3),
-        stages={
-            "sft": sft.Config(steps=30, data=data, row_length=32, batch_size=8, heldout_rows=8, checkpoint_every=4,
-                              optimizer=optimizer),
-            "reward_model": reward_model.Config(pairs=pairs, length=21, steps=30, batch_size=8, checkpoint_every=4,
-                                                optimizer=optimizer),
-            "ppo": ppo.Config(steps=20, batch_size=8, completion_tokens=12, kl=AdaptiveKL(), checkpoint_every=3,
-                              evaluation_prompts=16, exact_kl_rows=8, epochs=2, minibatches=2, optimizer=optimizer),
-        },
-    )
+    stages = {
+        "sft": sft.Config(steps=30, data=sft.Openings(completion_tokens=12), row_length=32, batch_size=8,
+                          heldout_rows=8, checkpoint_every=4, optimizer=optimizer),
+        "reward_model": reward_model.Config(pairs=pairs, length=21, steps=30, batch_size=8, checkpoint_every=4,
+                                            optimizer=optimizer),
+        "ppo": ppo.Config(steps=20, batch_size=8, completion_tokens=12, kl=AdaptiveKL(), checkpoint_every=3,
+                          evaluation_prompts=16, exact_kl_rows=8, epochs=2, minibatches=2, optimizer=optimizer),
+    }
+    data = Jsonl(Path(__file__).with_name("texts.jsonl"), heldout=0.3)
+    return Experiment(model=Scratch(spec), data=data, stages={name: stages[name] for name in NAMES})
 '''
 WORDS = {0: "dull weak bad slow empty", 1: "bright strong good fresh moving"}
 
 
 class Faulty:
-    """The command of the tiny run, one device, with caches of its own beside its config."""
+    """The command of the tiny run's first stages, on one device, with caches of its own beside its config."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *stages: str) -> None:
         draw = random.Random(0)
         rows = [{"text": _sentence(draw, label), "label": label} for label in (0, 1) for _ in range(200)]
         draw.shuffle(rows)
         (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "tiny.py").write_text(CONFIG)
-        self.folder = folder
+        (folder / "tiny.py").write_text(f"{CONFIG}\n\nNAMES = {stages}\n")
+        self.folder, self.stages = folder, stages
         self.env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.env |= {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         self.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of programs that run for seconds
@@ -79,8 +76,8 @@ class Faulty:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=900)
 
     def end(self, workdir: Path, moment, number: int = signal.SIGKILL) -> tuple[int, str, float]:
-        """Start, and send the signal when `moment(seconds since the start)` is true; code, stderr, seconds from it on."""
-        with (workdir.with_suffix(".stderr")).open("w+") as said:
+        """Start, and send the signal when `moment(seconds so far)` is true; code, stderr, seconds from it on."""
+        with (self.folder / "stderr").open("w+") as said:
             process = subprocess.Popen(self.command(workdir), env=self.env, stdout=subprocess.DEVNULL, stderr=said)
             began = time.monotonic()
             while process.poll() is None and not moment(time.monotonic() - began):
@@ -91,6 +88,20 @@ class Faulty:
             code = process.wait(timeout=300)
             said.seek(0)
             return code, said.read(), time.monotonic() - sent
+
+    def check_same(self, whole: Path, broken: Path) -> None:
+        """The same figures and digests, every step's line once and with the same numbers, the same samples."""
+        assert figures(whole) == figures(broken)
+        assert set(figures(broken)["params_digest"]) == set(self.stages)
+        lines = []
+        for workdir in (whole, broken):
+            rows = read_jsonl(workdir / "metrics.jsonl")
+            lines.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows])
+        assert lines[0] == lines[1]
+        expected = [(name, step) for name in self.stages for step in range(1, STEPS[name] + 1)]
+        assert [(line["stage"], line["step"]) for line in lines[1]] == expected
+        for samples in whole.glob("*/samples.jsonl"):
+            assert samples.read_text() == (broken / samples.relative_to(whole)).read_text()
 
 
 def _sentence(draw: random.Random, label: int) -> str:
@@ -117,17 +128,3 @@ def figures(workdir: Path) -> dict:
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.pop("seconds") > 0 and summary.pop("peak_memory_bytes") > 1e8
     return summary
-
-
-def check_same(whole: Path, broken: Path) -> None:
-    """The same figures and digests, every step's line once and with the same numbers, the same samples."""
-    assert figures(whole) == figures(broken)
-    assert set(figures(broken)["params_digest"]) == set(STEPS)
-    lines = []
-    for workdir in (whole, broken):
-        rows = read_jsonl(workdir / "metrics.jsonl")
-        lines.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows])
-    assert lines[0] == lines[1]
-    assert [line["step"] for line in lines[1]] == [step for steps in STEPS.values() for step in range(1, steps + 1)]
-    samples = [(workdir / "ppo" / "samples.jsonl").read_text() for workdir in (whole, broken)]
-    assert samples[0] == samples[1]

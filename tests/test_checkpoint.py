@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
     checkpoints.save(1, {"w": {"b": jnp.ones(2)}}, {})
     wrong = {"shape": jnp.ones(3), "type": jnp.ones(2, jnp.int32)}
     for kind, there in (("shape", "float32[2] there and float32[3] here"), ("type", "float32[2] there and int32[2]")):
-        with pytest.raises(UserError, match="another model: w/b is") as caught:
+        with pytest.raises(UserError, match="of another model: w/b is") as caught:
             checkpoints.restore({"w": {"b": wrong[kind]}})
         assert there in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="a is nothing there and float32"):
@@ -265,6 +265,13 @@ def test_parameters_are_replaced_and_read_onto_any_mesh(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["params"]
 
 
+def test_parameters_of_another_model_are_one_line(tmp_path):
+    save_params(tmp_path / "params", {"w": {"b": jnp.ones(2, jnp.bfloat16)}})
+    assert load_params(tmp_path / "params", {"w": {"b": jnp.zeros(2)}})["w"]["b"].dtype == jnp.float32
+    with pytest.raises(UserError, match=r"params is of another model: w/b is \[2\] there and \[3\] here"):
+        load_params(tmp_path / "params", {"w": {"b": jnp.zeros(3)}})
+
+
 def test_damaged_parameters_are_not_read(tmp_path):
     folder = tmp_path / "params"
     for name, damage in FAULTS.items():
@@ -273,3 +280,15 @@ def test_damaged_parameters_are_not_read(tmp_path):
         with pytest.raises(UserError, match=r"_METADATA .*makes these parameters again") as caught:
             load_params(folder, {"x": jnp.zeros(3)})
         assert "\n" not in str(caught.value), name
+
+
+def test_a_sealed_file_is_whole_until_it_is_touched(tmp_path):
+    path = tmp_path / "model"
+    for name, damage in FAULTS.items():
+        digests.write_sealed(path, b"some bytes")
+        assert digests.is_whole(path), name
+        damage(path)
+        assert not digests.is_whole(path), name
+    digests.write_sealed(path, b"some bytes")
+    (tmp_path / "model.sha256").unlink()
+    assert not digests.is_whole(path)

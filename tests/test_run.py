@@ -1,8 +1,10 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -130,6 +132,13 @@ class TestAgain:
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert read(workdir / "config.json")["command"] == ["rlhf-jax", "run", "toy.py"]
 
+    def test_another_mesh_is_no_other_experiment(self, workdir, capsys):
+        go(workdir)
+        (workdir / "ppo" / "summary.json").unlink()
+        go(workdir, mesh=MeshConfig(fsdp=4))
+        assert "begun on another mesh: mesh.fsdp: 1 there, 4 here" in capsys.readouterr().err
+        assert trained(workdir) == ["sft", "ppo", "ppo"]
+
     def test_a_stage_killed_before_its_summary_runs_again(self, workdir):
         go(workdir)
         (workdir / "summary.json").unlink()
@@ -157,6 +166,14 @@ class TestAgain:
         same = ("sft", "ppo", "params_digest")
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert go(workdir) == summary and trained(workdir) == ["sft", "ppo", *again]
+
+    def test_sigterm_where_nothing_is_to_be_saved_ends_the_run_at_once(self, workdir, monkeypatch):
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setitem(run.STAGES, ToyStage, lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)])
+        with pytest.raises(KeyboardInterrupt) as caught:
+            go(workdir)
+        assert caught.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) is before
+        assert read(workdir / "sessions.json")["seconds"] < 30
 
     def test_keyboard_interrupt_between_stages_passes(self, workdir, monkeypatch):
         def interrupt(*_):

@@ -80,9 +80,11 @@ class Loop:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._progress.__exit__(kind, error, trace)
-        if self._writer is not None:
-            self._writer.close()
-        self._checkpoints.close()
+        try:
+            self._checkpoints.close()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
         if kind is None:
             self._asked()  # of several processes the next call gives what they have now
             stop = self._asked()

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,3 +34,19 @@ def test_eight_data_shards_then_fsdp_and_tensor_then_one_device(make_context, mo
     for ours, theirs in zip(whole, broken, strict=True):
         np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=1e-6)
         np.testing.assert_allclose(theirs["grad_norm"], ours["grad_norm"], rtol=1e-5)
+
+
+def test_without_a_good_checkpoint_a_stage_begins_anew_and_ends_the_same(make_context, capsys):
+    config = sft.Config(steps=4, data=DATA, **{**CONFIG, "heldout_rows": 8, "checkpoint_every": 2})
+    context = make_context()
+    figures = sft.train(config, context, "sft")
+    params = jax.device_get(context.policy_params("sft"))
+    for step in ("2", "4"):
+        (context.stage_dir("sft") / "checkpoints" / step / "cursor.json").write_text("{}")
+    capsys.readouterr()
+    assert sft.train(config, context, "sft") == figures
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" is damaged")[0] for line in said[:2]] == [f"sft: the checkpoint of step {n}" for n in (4, 2)]
+    assert said[2] == "sft: no good checkpoint is left: the stage begins anew"
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(context.policy_params("sft")))
+    assert [line["step"] for line in read_jsonl(context.workdir / "metrics.jsonl")] == [1, 2, 3, 4]
