@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
-    except BaseException as error:
+    except (UserError, KeyboardInterrupt, OSError) as error:
         explained = _explain(error)
         if explained is None:
             raise
@@ -185,7 +185,7 @@ def _run(args: list[str]) -> None:
     from rlhf_jax.run import run
 
     hosts.join(place)
-    with hosts.parting(_explain):
+    with hosts.Parting(_explain):
         run(experiment, workdir, ["rlhf-jax", "run", *args], began=_BEGAN)
 
 

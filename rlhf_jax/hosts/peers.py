@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
@@ -106,43 +107,43 @@ def watch(seconds: int) -> None:
     _watch.start()
 
 
-@contextlib.contextmanager
-def parting(explain: Callable[[BaseException], tuple[str, int] | None]) -> Iterator[None]:
-    """Around a run: its processes part in order, or this one tells the others, and the user, why it ends.
+class Parting:
+    """Around a run: `with` it its processes part in order, or this one tells the others, and the user, why it ends."""
 
-    `explain` gives an error's line and exit code, None for what is to be seen with its traceback.
-    """
-    try:
-        yield
-        _leave()
-    except Stopped as error:  # all stop at one step
+    def __init__(self, explain: Callable[[BaseException], tuple[str, int] | None]) -> None:
+        """`explain` gives an error's line and exit code, None for what is to be seen with its traceback."""
+        self._explain = explain
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if _watch is None:
-            raise
-        _leave()
-        print(f"error: {_watch.name}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BaseException as error:
-        if _watch is None:
-            raise
-        known = explain(error)
+            return
+        if error is None or isinstance(error, Stopped):  # all stop at one step
+            _leave(_watch)
+        if error is None:
+            return
+        if isinstance(error, Stopped):
+            print(f"error: {_watch.name}: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        known = self._explain(error)
         if known is None:
             if _may_be_anothers(error):
                 time.sleep(2 * _watch.seconds)  # the watch says which process it was, and ends this one
             if not _watch.leaving.is_set():
-                traceback.print_exc()
+                traceback.print_exception(error)
         _fail(_watch, *(known or (f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)))
 
 
-def _leave() -> None:
+def _leave(watch: _Watch) -> None:
     """Part at the end of a run; process 0, without which the others cannot be, goes last."""
-    if _watch is None:
-        return
     together.wait()
-    _watch.leaving.set()
-    if _watch.index == 0:
-        _watch.alone.wait(_PARTING)
+    watch.leaving.set()
+    if watch.index == 0:
+        watch.alone.wait(_PARTING)
     jax.distributed.shutdown()
-    _watch.join(_PARTING)  # Python must not end while a thread is in C++
+    watch.join(_PARTING)  # Python must not end while a thread is in C++
 
 
 def _fail(watch: _Watch, line: str, code: int) -> None:

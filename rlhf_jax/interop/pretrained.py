@@ -90,7 +90,7 @@ class Scratch:
         return self.architecture
 
     def load(self, *, data: Data, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
-        """Initialise from the seed; the tokenizer is trained once, kept in the workdir, and again if it is damaged there."""
+        """Initialise from the seed; the tokenizer is trained once and kept in the workdir, and again if damaged."""
         from rlhf_jax.data.texts import load_texts  # it builds on the tokenizers here
 
         path = workdir / TOKENIZER_FILE
