@@ -1,5 +1,6 @@
 """Runs of several real processes on this machine, of an experiment of seconds."""
 
+import itertools
 import json
 import os
 import socket
@@ -65,8 +66,11 @@ def free_port() -> int:
         return tried.getsockname()[1]
 
 
+_numbers = itertools.count()
+
+
 class Run:
-    """The processes of one run, each with `devices` devices of its own; what they write is in `<workdir>.<i>.log`."""
+    """The processes of one run, each with `devices` devices of its own."""
 
     def __init__(
         self,
@@ -91,7 +95,8 @@ class Run:
         place += ["--start_timeout", "120", "--peer_timeout", str(seconds)]
         self.workdir = workdir
         self._before = self._metrics()
-        self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(count)]
+        number = next(_numbers)
+        self.logs = [workdir.with_name(f"{workdir.name}.{number}.{i}.log") for i in range(count)]
         self.processes = []
         for i, log in enumerate(self.logs):
             command = [*COMMAND, str(configs[i] if configs else config), "--workdir", str(workdir), *flags]
