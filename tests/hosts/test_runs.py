@@ -141,10 +141,12 @@ def test_what_differs_between_hosts_and_a_second_run_in_a_workdir_are_one_line(t
         f"error: process 1 of 2: {line}\n",
     ]
     assert not mixed.workdir.exists()
-    first = Run(config, tmp_path / "run", 2, 1)
+    first = Run(config, tmp_path / "run", 2, 1, seconds=600)
     first.wait_for_a_step()
+    first.processes[1].send_signal(signal.SIGSTOP)  # so that it is not at its end too early
     second = Run(config, tmp_path / "run", 2, 1)
     assert second.wait() == [2, 2]
+    first.processes[1].send_signal(signal.SIGCONT)
     assert all(text.count("\n") == 1 and f"another run works in {first.workdir} (" in text for text in second.said())
     assert first.wait() == [0, 0]
 
