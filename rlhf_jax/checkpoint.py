@@ -8,6 +8,7 @@ processes, all write their shards, and the first alone judges, renames and delet
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ KEPT = 2
 _FREE_SPACE_FACTOR = 2  # other files of the run grow beside the one that is written
 _STATE, _CURSOR = "state", "cursor.json"
 _HIDDEN = ".part"  # after the name of a folder that is being written, or that is being deleted
+
+
+# Orbax's threads print with its traceback what they then hand on, and what we raise or make one line of.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or not record.exc_info)
 
 
 class Checkpoints:
