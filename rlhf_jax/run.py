@@ -19,10 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax import __version__, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
@@ -114,9 +116,22 @@ def _check(experiment: Experiment, workdir: Path) -> None:
             raise UserError(f"stages.{name}: {type(stage).__name__} is no stage's Config; there are {known}")
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
-    sharding.shardings(sharding.make_mesh(experiment.mesh), boxed)
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.shardings(mesh, boxed)
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, OnPolicyConfig):
+            _check_sub_meshes(name, stage, mesh, boxed)
     trained = jax.tree.leaves(lora.own(experiment.model.spec, boxed))
     _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in trained), experiment)
+
+
+def _check_sub_meshes(name: str, stage: OnPolicyConfig, mesh: Mesh, boxed: Params) -> None:
+    """Raise UserError where a stage's roles cannot lie as its placement says."""
+    try:
+        for one in stage.placement.meshes(mesh):
+            sharding.shardings(one, boxed)
+    except UserError as error:
+        raise UserError(f"stages.{name}.placement.{error}") from None
 
 
 def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:
