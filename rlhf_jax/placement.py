@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from rlhf_jax import transfer
 from rlhf_jax.errors import UserError
 from rlhf_jax.numerics import require
 from rlhf_jax.sharding import MeshConfig, make_mesh, slice_index
+from rlhf_jax.transfer import HOST
 
 Idle = Literal["reference", "reward", "critic", "optimizers"]
 """A role that does nothing for a while: reference and reward model but when they score, the critic and the optimisers'
@@ -46,10 +46,8 @@ class Colocated:
     def meshes(self, mesh: Mesh) -> Meshes:
         """The experiment's mesh; UserError where a role cannot wait."""
         if self.offload:
-            try:
-                transfer.check_host_memory(mesh)
-            except UserError as error:
-                raise UserError(f"offload: {error}") from None
+            device = mesh.devices.flat[0]
+            check_memories(device.platform, [memory.kind for memory in device.addressable_memories()])
         return Meshes(mesh, mesh)
 
     @property
@@ -142,6 +140,12 @@ class Disaggregated:
 
 
 Placement = Colocated | Disaggregated
+
+
+def check_memories(platform: str, kinds: Sequence[str]) -> None:
+    """Raise UserError unless the host's memory is among those that a device reaches."""
+    if HOST not in kinds:
+        raise UserError(f"offload: {platform} devices reach no {HOST} memory, only {', '.join(kinds)}; leave it empty")
 
 
 def _fills(config: MeshConfig) -> bool:

@@ -211,9 +211,9 @@ class Drawn(NamedTuple):
 class Phases:
     """Sampling, scoring and improving as programs of their own, on the sub-meshes of `places`.
 
-    Everything is queued and nothing waited for, but for a reward that reads texts: with rollouts ahead the devices that
-    sample work on the next one while the others improve. Rollouts, and the policy's parameters for the next of them,
-    move from device to device.
+    Apart, everything is queued and nothing waited for, but for a reward that reads texts: with rollouts ahead the
+    devices that sample work on the next one while the others improve. Rollouts, and the policy's parameters for the
+    next of them, move from device to device; for a moment two versions of these are on the devices that sample.
     """
 
     def __init__(self, algorithm: Algorithm, state: Any, places: Places, frozen: Frozen, scorer: Scorer | None) -> None:
@@ -222,10 +222,8 @@ class Phases:
         self._algorithm, self._places, self._scorer = algorithm, places, scorer
         self._ahead, self._offload = placement.ahead, placement.offload
         self._apart = places.training is not places.sampling
-        self._frozen, self._base = (
-            _put(frozen, self._offload, transfer.to_host),
-            dataclasses.replace(frozen, reference={}, reward={}),
-        )
+        self._frozen = _put(frozen, self._offload, transfer.to_host)
+        self._base = dataclasses.replace(frozen, reference={}, reward={})
         training, self._sampling = places.training, places.sampling.mesh
         self._trained = Frozen({}, {}, training.base, training.head_base)
         rows: Any = sharding.batch_sharding(self._sampling)
@@ -264,8 +262,8 @@ class Phases:
     def __call__(self, held: Any, batches: Prompts, *, last: bool) -> tuple[Any, Metrics, Rollout]:
         """Improve by the rollout that was made ahead, beside the making of the next; or by one that is made now."""
         if not self._ahead:
-            state = _put(held, self._offload, partial(transfer.to_host, donate=True))
-            scored = self._scored(self._drawn(state, batches))
+            state = self._in_turn(_put(held, self._offload, partial(transfer.to_host, donate=True)))
+            scored = self._in_turn(self._scored(self._drawn(state, batches)))
             return self._improved(_put(state, self._offload, transfer.to_device), *scored)
         drawn = None if last else self._drawn(held.state, batches, ahead=True)
         state, metrics, rollout = self._improved(held.state, held.rollout, held.metrics)
@@ -295,6 +293,7 @@ class Phases:
         if self._scorer is not None:
             scores = self._scorer(with_rows(rollout, rows, self._places.sampling.tokenizer))
             rollout = rollout.replace(scores=sharding.shard_batch(self._sampling, scores))
+        rollout = self._in_turn(rollout)
         with sharding.scope(self._sampling):
             scored = self._score(own, _put(self._frozen, self._offload, transfer.to_device), rollout)
         return transfer.move(scored, self._learned_from(scored)) if self._apart else scored
@@ -302,6 +301,10 @@ class Phases:
     def _improved(self, state: Any, rollout: Rollout, metrics: Metrics) -> tuple[Any, Metrics, Rollout]:
         with sharding.scope(self._places.training.mesh):
             return self._improve(state, self._trained, rollout, metrics)
+
+    def _in_turn(self, tree: Any) -> Any:
+        """The arrays, waited for where roles come and go: memory is taken when work is queued, not when it begins."""
+        return jax.block_until_ready(tree) if self._offload else tree
 
     def _learned_from(self, scored: tuple[Rollout, Metrics]) -> Any:
         """Where a rollout and its metrics lie on the sub-mesh that improves."""
