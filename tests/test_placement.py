@@ -1,16 +1,18 @@
 """Sub-meshes are made of all devices, and what does not make them is told by its field."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.onpolicy import ValueHead
-from rlhf_jax.config import validate
+from rlhf_jax.config import from_dict, parse, to_dict, validate
 from rlhf_jax.errors import UserError
 from rlhf_jax.placement import Colocated, Disaggregated, check_memories
 from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import MeshConfig, make_mesh
-from tests.toys import ToyReward, ToyStage, experiment
+from tests.toys import ToyModel, ToyReward, ToyStage, experiment
 
 SPLIT = Disaggregated(sampling=MeshConfig(data=2), training=MeshConfig(fsdp=3))
 
@@ -33,6 +35,17 @@ def with_ppo(placement, **fields):
 def test_a_split_that_the_devices_make_is_taken():
     validate(with_ppo(SPLIT), 8)
     validate(with_ppo(Colocated(("reference", "reward", "critic", "optimizers")), batch_size=64), 8)
+
+
+def test_flags_and_config_json_carry_a_placement():
+    flags = ["--stages.ppo.placement.ahead", "0", "--stages.ppo.placement.training.fsdp", "6"]
+    parsed = parse(with_ppo(SPLIT), flags)
+    wanted = dataclasses.replace(SPLIT, ahead=0, training=MeshConfig(fsdp=6))
+    assert parsed.stages["ppo"].placement == wanted
+    waiting = parse(with_ppo(Colocated()), ["--stages.ppo.placement.offload", "reward", "critic"])
+    assert waiting.stages["ppo"].placement == Colocated(("reward", "critic"))
+    for one in (parsed, waiting):
+        assert from_dict(to_dict(one), [ToyModel, ToyStage, ToyReward, ppo.Config]) == one
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """PPO with a KL penalty to a frozen reference (Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024).
 
 One iteration, compiled as a whole: sample completions, score them, turn scores and KL into advantages, and take
-`epochs` × `minibatches` clipped steps of the policy and of its separate critic.
+`epochs` × `minibatches` clipped steps of the policy and of its separate critic. `placement` may part it in phases, and
+have completions sampled one iteration ahead: `placement.Disaggregated` says what becomes of the loss then.
 
 Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
 """
@@ -71,7 +72,7 @@ class Config(OnPolicyConfig):
     reducer: Literal["token", "sequence"] = "token"
     """Whether each token or each completion weighs the same in the losses."""
     stop_at_kl: float | None = None
-    """Ends an iteration's policy updates where the KL to the behaviour policy exceeds this, in nats a token."""
+    """Ends an iteration's policy updates where the KL to the policy it began with exceeds this, in nats a token."""
     exact_kl_rows: int = 32
     """Completions an iteration whose KL is also summed over the whole vocabulary."""
 
