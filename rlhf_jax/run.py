@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import __version__, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
-from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.context import Context, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
@@ -128,8 +129,9 @@ def _check(experiment: Experiment, workdir: Path) -> None:
 def _check_sub_meshes(name: str, stage: OnPolicyConfig, mesh: Mesh, boxed: Params) -> None:
     """Raise UserError where a stage's roles cannot lie as its placement says."""
     try:
-        for one in stage.placement.meshes(mesh):
-            sharding.shardings(one, boxed)
+        for field, sub_mesh in stage.placement.meshes(mesh)._asdict().items():
+            if sub_mesh is not mesh:  # which has been checked
+                check_field(field, partial(sharding.shardings, sub_mesh, boxed))
     except UserError as error:
         raise UserError(f"stages.{name}.placement.{error}") from None
 

@@ -1,6 +1,7 @@
 """Where roles lie and when rollouts are made changes no number but what a docstring says it does."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -16,7 +17,7 @@ from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.tokenizers import train_sentencepiece
 from rlhf_jax.kl import AdaptiveKL
 from rlhf_jax.metrics import read_jsonl
-from rlhf_jax.models import ModelSpec, lora
+from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.spec import Lora
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated, Disaggregated
@@ -136,6 +137,48 @@ def test_a_function_scores_beside_the_updates_what_it_scores_before_them(context
     )
 
 
+def test_who_is_idle_takes_no_memory_of_the_devices_while_a_policy_samples(context, config):
+    placement = Colocated(("reference", "critic", "optimizers"))
+    config = dataclasses.replace(config, reward=PatternMatch("e"), placement=placement)
+    gc.collect()
+    before = {id(x) for x in jax.live_arrays()}
+    made, held = context(), {}
+
+    def look(texts):
+        live = [x for x in jax.live_arrays() if id(x) not in before and x.ndim]
+        for kind in ("device", "pinned_host"):
+            held[kind] = sum(x.nbytes for x in live if x.sharding.memory_kind == kind)
+        raise InterruptedError
+
+    _, run, state, batches = start(made, config, look)
+    policy = sum(x.nbytes for x in jax.tree.leaves(state.policy.params))
+    assert policy == sum(x.nbytes for x in jax.tree.leaves(made.model.params))
+    with pytest.raises(InterruptedError):
+        run(state, batches, last=False)
+    rollouts = 6 * config.batch_size * (config.prompt_length + config.completion_tokens) * 4  # whatever of them
+    assert (
+        2 * policy <= held["device"] < 2 * policy + rollouts
+    )  # the one that samples and the model that all began with
+    assert 6 * policy <= held["pinned_host"] < 6.1 * policy  # reference, critic, and two moments of each that trains
+
+
+def test_a_function_reads_texts_when_the_update_by_those_before_is_queued(context, config):
+    config = dataclasses.replace(config, reward=PatternMatch("e"), placement=AHEAD)
+    given_away = []
+
+    def look(texts):
+        """An update is given the parameters that it starts from: they are gone once it is queued."""
+        given_away.append(parameter.is_deleted())
+        return np.ones(len(texts), np.float32)
+
+    _, run, state, batches = start(context(mesh=MeshConfig()), config, look)
+    parameter = jax.tree.leaves(state.policy.params)[0]
+    held = run.first(state, batches)
+    held, metrics, _ = run(held, batches, last=False)
+    assert given_away == [False, True]
+    assert metrics["score"] == 1 and metrics["staleness"] == 0 and int(held.policy.step) == 1
+
+
 def test_rollouts_are_those_of_the_policy_before_and_weighed_so(context, config):
     ahead = dataclasses.replace(config, placement=AHEAD)
     seen, (params, steps), _, _ = taken(context(mesh=MeshConfig()), ahead, steps=4)
@@ -169,13 +212,13 @@ def test_rollouts_are_those_of_the_policy_before_and_weighed_so(context, config)
 def test_only_adapters_move(context, config):
     adapters = Lora(rank=2, targets=("query", "value"))
     config = dataclasses.replace(config, placement=AHEAD)
-    algorithm, run, state, batches = start(context(mesh=MeshConfig(), adapters=adapters), config)
-    drawn = run._drawn(state, batches)
-    held = {id(leaf) for leaf in jax.tree.leaves(run._base.base)}
-    moved = jax.tree_util.tree_leaves_with_path(drawn.own)
-    assert moved and all(str(path[-1].key).endswith(("_lora_a", "_lora_b")) for path, _ in moved)
-    assert not held & {id(leaf) for _, leaf in moved}
-    assert jax.tree.structure(drawn.own) == jax.tree.structure(lora.own(algorithm.spec, state.policy.params))
+    _, run, state, _ = start(context(mesh=MeshConfig(), adapters=adapters), config)
+    frozen, own = run.readers(state)
+    moved, base = (jax.tree_util.tree_leaves_with_path(tree) for tree in (own, frozen.base))
+    assert all(path[-1].key.endswith(("_lora_a", "_lora_b")) for path, _ in moved)
+    assert sum(leaf.size for _, leaf in moved) < sum(leaf.size for _, leaf in base) / 10
+    sampling = {leaf.sharding.mesh for _, leaf in [*moved, *base]}
+    assert len(sampling) == 1 and not sampling & {leaf.sharding.mesh for leaf in jax.tree.leaves(state.policy.params)}
 
 
 def test_a_killed_run_with_rollouts_ahead_ends_where_an_unbroken_one_does(context, config, monkeypatch):
