@@ -8,9 +8,11 @@ import pytest
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.onpolicy import ValueHead
 from rlhf_jax.config import from_dict, parse, to_dict, validate
+from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.placement import Colocated, Disaggregated, check_memories
 from rlhf_jax.rewards.verifiers import PatternMatch
+from rlhf_jax.run import run
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from tests.toys import ToyModel, ToyReward, ToyStage, experiment
 
@@ -120,3 +122,18 @@ def test_devices_without_memory_of_the_host_are_told():
     check_memories("cpu", [memory.kind for memory in jax.devices()[0].addressable_memories()])
     with pytest.raises(UserError, match=r"^offload: metal devices reach no pinned_host memory, only device; leave it"):
         check_memories("metal", ["device"])
+
+
+def test_a_model_that_does_not_divide_over_a_sub_mesh_is_told_before_anything_runs(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "row {i}"}}\n' for i in range(20)))
+    config = ppo.Config(
+        policy="base",
+        critic=ValueHead("base"),
+        reward=PatternMatch("a"),
+        data=Jsonl(rows, heldout=0.2),
+        placement=Disaggregated(sampling=MeshConfig(data=1, tensor=4), training=MeshConfig()),
+    )
+    with pytest.raises(UserError, match=r"^stages\.ppo\.placement\.sampling: mesh .*attention/key .* does not divide"):
+        run(experiment(stages={"ppo": config}), tmp_path / "run", [])
+    assert not (tmp_path / "run").exists()
