@@ -20,6 +20,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from rlhf_jax.algorithms.context import StageConfig
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
@@ -72,7 +73,7 @@ def validate(experiment: Experiment, devices: int) -> None:
                 f"{', '.join(_RESERVED)}"
             )
     sizes = experiment.mesh.resolve(devices)
-    shards, max_len = batch_shards(sizes), experiment.model.spec.max_len
+    max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
         for where, (required, kind) in stage.requires().items():
             if required not in names[:index]:
@@ -88,12 +89,24 @@ def validate(experiment: Experiment, devices: int) -> None:
                     f"stages.{name}.{where}: {length} tokens, more than the model's context, "
                     f"model.spec.max_len = {max_len}"
                 )
-        for where, rows in stage.batch_sizes().items():
-            if rows % shards:
-                raise UserError(
-                    f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the mesh, "
-                    f"data {sizes['data']} × fsdp {sizes['fsdp']}"
-                )
+        for whose, grid in (_sub_meshes(name, stage, devices) or {"mesh": sizes}).items():
+            shards = batch_shards(grid)
+            for where, rows in stage.batch_sizes().items():
+                if rows % shards:
+                    raise UserError(
+                        f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the "
+                        f"{whose}, data {grid['data']} × fsdp {grid['fsdp']}"
+                    )
+
+
+def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, dict[str, int]]:
+    """The axes of a stage's sub-meshes, by their fields; none where it runs on the experiment's mesh."""
+    if not isinstance(stage, OnPolicyConfig):
+        return {}
+    try:
+        return {f"placement.{field}": sizes for field, sizes in stage.placement.sizes(devices).items()}
+    except UserError as error:
+        raise UserError(f"stages.{name}.placement.{error}") from None
 
 
 def check_inputs(experiment: Experiment) -> None:

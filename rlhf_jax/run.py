@@ -17,15 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax import __version__, checkpoint, digests, hosts, models, report, sharding
 from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
-from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.context import Context, check_field
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.checkpoint import KEPT
 from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
@@ -122,9 +125,23 @@ def _check(experiment: Experiment, workdir: Path) -> None:
             raise UserError(f"stages.{name}: {type(stage).__name__} is no stage's Config; there are {known}")
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
-    sharding.shardings(sharding.make_mesh(experiment.mesh), boxed)
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.shardings(mesh, boxed)
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, OnPolicyConfig):
+            _check_sub_meshes(name, stage, mesh, boxed)
     trained = jax.tree.leaves(lora.own(experiment.model.spec, boxed))
     _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in trained), experiment)
+
+
+def _check_sub_meshes(name: str, stage: OnPolicyConfig, mesh: Mesh, boxed: Params) -> None:
+    """Raise UserError where a stage's roles cannot lie as its placement says."""
+    try:
+        for field, sub_mesh in stage.placement.meshes(mesh)._asdict().items():
+            if sub_mesh is not mesh:  # which has been checked
+                check_field(field, partial(sharding.shardings, sub_mesh, boxed))
+    except UserError as error:
+        raise UserError(f"stages.{name}.placement.{error}") from None
 
 
 def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:

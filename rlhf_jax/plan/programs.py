@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import onpolicy, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import iterations, ppo, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -25,6 +25,7 @@ from rlhf_jax.interop.load import FromPretrained
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.models import ModelSpec, lora, quantized
 from rlhf_jax.models.spec import DType
+from rlhf_jax.placement import Colocated
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
 from rlhf_jax.types import Params, PreferenceBatch, Rollout
@@ -133,15 +134,17 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
     spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
+    if config.placement != Colocated():
+        raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
     algorithm = ppo.Algorithm(config, spec, **ENDS)
     state = ppo.initial_state(algorithm, context, name)
-    frozen = onpolicy.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
     kept = _roles(frozen, state.policy, state.critic)
     cache = _cache_bytes(context, b, p + n)
-    for part, function in onpolicy.programs(algorithm, state).items():
+    for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
         yield Program(
             *(name, part, function, (state, frozen, inputs[part]), kept, config.steps, b * (p + n)),

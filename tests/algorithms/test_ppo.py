@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import onpolicy, ppo, prompting
+from rlhf_jax.algorithms import iterations, ppo, prompting
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.errors import NonFiniteError
 from rlhf_jax.kl import AdaptiveKL, FixedKL
@@ -45,7 +45,7 @@ def setup(context, config):
     put_stages(context)
     tokenizer = context.tokenizer
     algorithm = ppo.Algorithm(config, context.spec, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    frozen = onpolicy.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
     state = ppo.initial_state(algorithm, context, "ppo")
     prompts = next(prompting.prompt_batches(prompting.load_prompts(config, context, "ppo").train, config, context))[0]
     return algorithm, state, frozen, sharding.shard_batch(context.mesh, prompts)
