@@ -2,31 +2,50 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.linen import spmd
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Batch
 
-# Parameters are split along "embed" by FSDP and along heads, hidden units and vocabulary by tensor parallelism.
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
-    ("expert", "expert"),
-    ("layers", None),
-)
+AXES = ("data", "pipeline", "fsdp", "expert", "sequence", "tensor")
+"""The mesh's axes; the later one stands, the nearer are the devices that exchange along it."""
+
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "pipeline"),  # of a batch that has passed through the stages
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+    "layers": ("pipeline",),
+}
+"""Which mesh axes split which logical axis of parameters and activations."""
+
+Decode = Literal["gathered", "split"]
+_DECODING: Rules = {
+    **RULES,
+    **dict.fromkeys(("batch", "rows"), ("data", "fsdp", "pipeline", "sequence")),
+    **dict.fromkeys(("length", "layers"), ()),
+}
+DECODE_RULES: Mapping[Decode, Rules] = {
+    "gathered": {**_DECODING, "embed": ()},
+    "split": {**_DECODING, "embed": ("fsdp", "pipeline", "sequence"), "product_rows": ("data",)},
+}
+"""The same while a policy samples: a token at a time has no length to split, and stages would wait for one another."""
 
 
 @dataclass(frozen=True)
@@ -39,41 +58,68 @@ class MeshConfig:
     """Fully sharded data parallelism: the batch and the parameters are split."""
     tensor: int = 1
     """Tensor parallelism: heads, hidden units and vocabulary are split."""
+    sequence: int = 1
+    """Sequence parallelism: the tokens of each row are split, for long rows; attention gathers keys and values. Rows
+    are padded to a length that it divides."""
     expert: int = 1
     """Expert parallelism: the experts of a mixture are split."""
+    pipeline: int = 1
+    """Pipeline parallelism: the layers are split into stages, through which the parts of a batch pass."""
+    pipeline_microbatches: int | None = None
+    """Parts that pass through the stages one after another (GPipe): a multiple of `pipeline` that divides the rows of
+    a (micro)batch on a device. None: the largest such one up to 4 × `pipeline`, which leaves a fifth of the time idle
+    at most."""
+    decode: Decode = "gathered"
+    """Where weights lie while a policy samples. gathered: once before the first token each device gets whole
+    kernels, in the type that products take, split by tensor and expert alone. split: they stay as far apart as in
+    training, and the activations of each token travel instead: no more memory, slower."""
 
     def __post_init__(self) -> None:
-        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, size in sizes.items():
+        for name, size in self._sizes().items():
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{name} must be at least 1, or -1 to fill, got {size}")
-        if sum(size == -1 for size in sizes.values()) > 1:
+        if sum(size == -1 for size in self._sizes().values()) > 1:
             raise ValueError("mesh: only one axis may be -1")
+        if self.pipeline_microbatches is not None and self.pipeline_microbatches < 1:
+            raise ValueError(f"mesh.pipeline_microbatches must be at least 1, got {self.pipeline_microbatches}")
 
     @property
     def fixed_devices(self) -> int:
         """Devices asked for by the axes that are not -1."""
-        return math.prod(size for size in self._sizes() if size != -1)
+        return math.prod(size for size in self._sizes().values() if size != -1)
 
     def resolve(self, devices: int) -> dict[str, int]:
         """Size of each axis on so many devices."""
         sizes = self._sizes()
-        if -1 not in sizes and self.fixed_devices != devices:
+        if -1 not in sizes.values() and self.fixed_devices != devices:
             raise UserError(f"mesh asks for {self.fixed_devices} devices, {devices} found; set one axis to -1 to fill")
         if devices % self.fixed_devices:
-            raise UserError(f"mesh asks for a multiple of {self.fixed_devices} devices, {devices} found")
+            raise UserError(
+                f"mesh asks for a multiple of {self.fixed_devices} devices, {devices} found; "
+                f"the sizes given must multiply to {_one_of(divisors(devices))}"
+            )
         fill = devices // self.fixed_devices
-        return {field.name: fill if size == -1 else size for field, size in zip(fields(self), sizes, strict=True)}
+        sizes = {name: fill if size == -1 else size for name, size in sizes.items()}
+        if self.pipeline_microbatches is not None and self.pipeline_microbatches % sizes["pipeline"]:
+            raise UserError(
+                f"mesh.pipeline_microbatches={self.pipeline_microbatches} must be a multiple of "
+                f"mesh.pipeline={sizes['pipeline']}"
+            )
+        return sizes
 
-    def _sizes(self) -> tuple[int, ...]:
-        return self.data, self.fsdp, self.tensor, self.expert
+    def _sizes(self) -> dict[str, int]:
+        return {name: vars(self)[name] for name in AXES}
+
+
+_CONFIGS: dict[Mesh, MeshConfig] = {}  # JAX has one object for equal meshes, which can hold no fields of ours
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over these devices, or all there are; its axes are Auto, as flax.linen wants them.
 
     Slices of TPUs lie along the data axis, so that parameters never cross the network between them; a mesh axis
-    may take a part of an axis of the torus. Raises UserError where slices or torus do not divide so.
+    may take a part of an axis of the torus. Raises UserError where slices or torus do not divide so. Of several
+    configs that give the same mesh, the last one's choices hold.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
@@ -89,7 +135,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             grid = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     except NotImplementedError:
         raise UserError(f"mesh {sizes} does not lie on the torus of these {len(devices)} devices") from None
-    return Mesh(grid, tuple(sizes), axis_types=types)
+    mesh = Mesh(grid, tuple(sizes), axis_types=types)
+    _CONFIGS[mesh] = config
+    return mesh
 
 
 def slice_index(device: Any) -> int:
@@ -102,26 +150,146 @@ def slice_index(device: Any) -> int:
 
 def single_device_mesh() -> Mesh:
     """A mesh of the first device alone."""
-    sizes = {field.name: 1 for field in fields(MeshConfig)}
-    device = jax.devices()[:1]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=device)
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
-def batch_shards(sizes: dict[str, int]) -> int:
+def batch_shards(sizes: Mapping[str, int]) -> int:
     """Into how many parts the rows of a batch are split."""
     return sizes["data"] * sizes["fsdp"]
+
+
+def row_multiple(sizes: Mapping[str, int], microbatches: int | None) -> int:
+    """What the rows of every (micro)batch must be a multiple of: batch shards, and parts that pass the stages."""
+    return batch_shards(sizes) * (microbatches or sizes["pipeline"])
+
+
+def rows_per_call(mesh: Mesh) -> int:
+    """`row_multiple` of a mesh that `make_mesh` made."""
+    return row_multiple(mesh.shape, _config(mesh).pipeline_microbatches)
+
+
+def divisors(number: int) -> list[int]:
+    """All of a positive number, smallest first."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What is known where a program is traced."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def carriers(self, axis: str | None, size: int) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis of a size: as many of the rule's as divide it."""
+        kept, parts = [], 1
+        for name in () if axis is None else self.rules[axis]:
+            if self.mesh.shape[name] > 1 and size % (parts * self.mesh.shape[name]) == 0:
+                kept.append(name)
+                parts *= self.mesh.shape[name]
+        return tuple(kept)
+
+
+_SCOPE: ContextVar[_Scope | None] = ContextVar("scope", default=None)
+
+
+@contextlib.contextmanager
+def _entered(scope: _Scope) -> Iterator[None]:
+    token = _SCOPE.set(scope)
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)
 
 
 @contextlib.contextmanager
 def scope(mesh: Mesh) -> Iterator[None]:
     """Where programs are traced: `constrain` finds the mesh and the rules here."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())), _entered(_Scope(mesh, RULES)):
         yield
 
 
+@contextlib.contextmanager
+def decoding(*, prompts: bool = False) -> Iterator[None]:
+    """Inside `scope`: where a token a row is read, or, before them, `prompts` at once; by the mesh's `decode` rules.
+
+    Whole prompts are many tokens: weights that are split are gathered for these, as in training.
+    """
+    outside = _SCOPE.get()
+    if outside is None:
+        yield
+        return
+    rules = DECODE_RULES[_config(outside.mesh).decode]
+    if prompts:
+        rules = {name: axes for name, axes in rules.items() if name != "product_rows"}
+    with _entered(replace(outside, rules=rules)):
+        yield
+
+
+def decode_rules(mesh: Mesh) -> Rules:
+    """The table of a mesh's `decode`."""
+    return DECODE_RULES[_config(mesh).decode]
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Hold an activation to the table's layout; outside `scope` it does nothing."""
-    return spmd.with_logical_constraint(x, axes)
+    """Hold an array to the table's layout; outside `scope` it does nothing.
+
+    A mesh axis that does not divide the array's does not split it.
+    """
+    here = _SCOPE.get()
+    if here is None:
+        return x
+    spec = PartitionSpec(*(here.carriers(axis, size) or None for axis, size in zip(axes, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def to_weights(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay the first operand of a product out as the second's inputs, `axes`, where rules leave weights in place."""
+    here = _SCOPE.get()
+    if here is None or "product_rows" not in here.rules:
+        return x
+    return constrain(x, "product_rows", *(None,) * (x.ndim - 1 - len(axes)), *axes)
+
+
+def splits(axis: str) -> int:
+    """Into how many parts the rules split a logical axis here; 1 outside `scope`."""
+    here = _SCOPE.get()
+    return 1 if here is None else math.prod(here.mesh.shape[name] for name in here.rules[axis])
+
+
+def passing(rows: int) -> tuple[int, int]:
+    """(batch shards, microbatches) of so many rows that pass through the stages.
+
+    Raises UserError where they do not divide so.
+    """
+    here = _SCOPE.get()
+    assert here is not None
+    shards, stages, chosen = batch_shards(here.mesh.shape), here.mesh.shape["pipeline"], _config(here.mesh)
+    least = row_multiple(here.mesh.shape, chosen.pipeline_microbatches)
+    if rows % least:
+        raise UserError(
+            f"{rows} rows do not divide over {shards} batch shards × {least // shards} parts that pass the "
+            f"{stages} stages of mesh.pipeline; {_one_of(nearest_multiples(rows, least))} would"
+        )
+    if chosen.pipeline_microbatches is not None:
+        return shards, chosen.pipeline_microbatches
+    return shards, max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
+
+
+def nearest_multiples(number: int, of: int) -> list[int]:
+    """The positive ones below and above a number."""
+    below = number // of * of
+    return [multiple for multiple in (below, below + of) if multiple]
+
+
+def over_stages(f: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+    """`f` run by each stage of the pipeline on its part; the other mesh axes are the compiler's as they were.
+
+    Of arguments that are `split` a stage has its run of the leading axis, of others the whole; all that comes out is
+    put together along the leading axis.
+    """
+    specs = tuple(PartitionSpec("pipeline") if one else PartitionSpec() for one in split)
+    return jax.shard_map(f, in_specs=specs, out_specs=PartitionSpec("pipeline"), axis_names={"pipeline"})
 
 
 def unbox(tree: Any) -> Any:
@@ -129,7 +297,7 @@ def unbox(tree: Any) -> Any:
     return nn.meta.unbox(tree)
 
 
-def shardings(mesh: Mesh, boxed: Any) -> Any:
+def shardings(mesh: Mesh, boxed: Any, rules: Rules = RULES) -> Any:
     """NamedShardings, without boxes, for a tree of (abstract) arrays, boxed with logical names where they have any.
 
     Raises UserError where an axis does not divide by its mesh axes.
@@ -140,16 +308,16 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
         value = leaf.unbox(apply_constraint=False) if boxed else leaf  # it may be a shape alone
         if not jax.tree.leaves(value):  # optax masks a parameter by an empty node inside its box
             return value
-        spec = spmd.logical_to_mesh_axes(leaf.names if boxed else (), RULES) or PartitionSpec()
-        sharding = NamedSharding(mesh, spec)
-        try:
-            sharding.shard_shape(value.shape)
-        except ValueError:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(
-                f"mesh {dict(mesh.shape)}: {name} of shape {value.shape} does not divide by {spec}"
-            ) from None
-        return sharding
+        names = leaf.names if boxed else ()
+        for axis, size in zip(names, value.shape, strict=False):
+            if axis is not None and size % parts(mesh, axis, rules):
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                asked = " × ".join(f"mesh.{name}={mesh.shape[name]}" for name in rules[axis] if mesh.shape[name] > 1)
+                raise UserError(
+                    f"{asked} does not divide {size}, the axis {axis!r} of {where} {value.shape}; "
+                    f"{_one_of(divisors(size))} would"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(rules[axis] or None if axis else None for axis in names)))
 
     return jax.tree_util.tree_map_with_path(
         place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
@@ -161,11 +329,22 @@ def in_shards(layout: Any, tree: Any) -> Any:
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, layout)
 
 
-def parts(mesh: Mesh, axis: str | None) -> int:
+def parts(mesh: Mesh, axis: str | None, rules: Rules = RULES) -> int:
     """Into how many parts the mesh splits a logical axis."""
-    carriers = dict(RULES)[axis] if axis is not None else None
-    names = (carriers,) if isinstance(carriers, str) else carriers or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return 1 if axis is None else math.prod(mesh.shape[name] for name in rules[axis])
+
+
+def _config(mesh: Mesh) -> MeshConfig:
+    """The choices that a mesh was made with; the defaults for one that was not made here."""
+    return _CONFIGS.get(mesh, MeshConfig())
+
+
+def _one_of(numbers: Sequence[int]) -> str:
+    """`1, 2 or 4`, the middle left out of long lists."""
+    words = [str(number) for number in numbers]
+    if len(words) > 6:
+        words = [*words[:3], "…", *words[-2:]]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -175,7 +354,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over the batch axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 @dataclass(frozen=True)

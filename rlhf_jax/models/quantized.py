@@ -82,7 +82,7 @@ def quantize(kernel: Float[Array, "..."], bits: Bits, *, lead: int = 0, inputs: 
 Kernel = Array | Quantized
 
 
-def multiply(x: Float[Array, "n i"], kernel: Kernel) -> Float[Array, "n o"]:
+def multiply(x: Float[Array, "*n i"], kernel: Kernel) -> Float[Array, "*n o"]:
     """X times a kernel, in x's type; a kernel that is stored otherwise is cast for the product alone.
 
     The backward pass casts it again: it would else be handed every layer's kernel in x's type.
