@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.context import StageConfig
+from rlhf_jax.algorithms.context import StageConfig, check_field
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import ModelConfig, Scratch
-from rlhf_jax.sharding import MeshConfig, batch_shards
+from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
 _STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -70,8 +71,8 @@ def validate(experiment: Experiment, devices: int) -> None:
                 f"stages: {name!r} cannot name a stage; a name has letters, digits and _, and is none of "
                 f"{', '.join(_RESERVED)}"
             )
-    sizes = experiment.mesh.resolve(devices)
-    shards, max_len = batch_shards(sizes), experiment.model.spec.max_len
+    sizes, parts = experiment.mesh.resolve(devices), experiment.mesh.pipeline_microbatches
+    max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
         for where, (required, kind) in stage.requires().items():
             if required not in names[:index]:
@@ -88,11 +89,7 @@ def validate(experiment: Experiment, devices: int) -> None:
                     f"model.spec.max_len = {max_len}"
                 )
         for where, rows in stage.batch_sizes().items():
-            if rows % shards:
-                raise UserError(
-                    f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the mesh, "
-                    f"data {sizes['data']} × fsdp {sizes['fsdp']}"
-                )
+            check_field(f"stages.{name}.{where}", partial(check_rows, rows, sizes, parts))
 
 
 def check_inputs(experiment: Experiment) -> None:

@@ -24,6 +24,7 @@ Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "rows": ("data", "fsdp", "pipeline"),  # of a batch that has passed through the stages
+    "lookup": ("data",),  # of a batch where parameters are split along "embed"
     "length": ("sequence",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -38,12 +39,16 @@ RULES: Rules = {
 Decode = Literal["gathered", "split"]
 _DECODING: Rules = {
     **RULES,
-    **dict.fromkeys(("batch", "rows"), ("data", "fsdp", "pipeline", "sequence")),
+    **dict.fromkeys(("batch", "rows", "lookup"), ("data", "fsdp", "pipeline", "sequence")),
     **dict.fromkeys(("length", "layers"), ()),
 }
 DECODE_RULES: Mapping[Decode, Rules] = {
     "gathered": {**_DECODING, "embed": ()},
-    "split": {**_DECODING, "embed": ("fsdp", "pipeline", "sequence"), "product_rows": ("data",)},
+    "split": {
+        **_DECODING,
+        "embed": ("fsdp", "pipeline", "sequence"),
+        **dict.fromkeys(("lookup", "product_rows"), ("data",)),
+    },
 }
 """The same while a policy samples: a token at a time has no length to split, and stages would wait for one another."""
 
@@ -158,14 +163,23 @@ def batch_shards(sizes: Mapping[str, int]) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def row_multiple(sizes: Mapping[str, int], microbatches: int | None) -> int:
-    """What the rows of every (micro)batch must be a multiple of: batch shards, and parts that pass the stages."""
-    return batch_shards(sizes) * (microbatches or sizes["pipeline"])
+def row_multiple(mesh: Mesh) -> int:
+    """What the rows of every (micro)batch must be a multiple of: its shards times the parts that pass the stages."""
+    return batch_shards(mesh.shape) * (_config(mesh).pipeline_microbatches or mesh.shape["pipeline"])
 
 
-def rows_per_call(mesh: Mesh) -> int:
-    """`row_multiple` of a mesh that `make_mesh` made."""
-    return row_multiple(mesh.shape, _config(mesh).pipeline_microbatches)
+def check_rows(rows: int, sizes: Mapping[str, int], microbatches: int | None) -> None:
+    """Raise UserError where rows do not divide over a mesh, whose `pipeline_microbatches` may be given."""
+    shards, passing = batch_shards(sizes), microbatches or sizes["pipeline"]
+    if rows % (shards * passing) == 0:
+        return
+    stages = f" × {passing} parts that pass {sizes['pipeline']} pipeline stages" if passing > 1 else ""
+    below = rows // (shards * passing) * shards * passing
+    would = _one_of([multiple for multiple in (below, below + shards * passing) if multiple])
+    raise UserError(
+        f"{rows} rows do not divide over the {shards} batch shards of the mesh, "
+        f"data {sizes['data']} × fsdp {sizes['fsdp']}{stages}; {would} would"
+    )
 
 
 def divisors(number: int) -> list[int]:
@@ -180,14 +194,17 @@ class _Scope:
     mesh: Mesh
     rules: Rules
 
-    def carriers(self, axis: str | None, size: int) -> tuple[str, ...]:
-        """The mesh axes that split a logical axis of a size: as many of the rule's as divide it."""
+    def spec(self, shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
+        """The mesh axes that split each axis: as many of the rule's as divide it."""
+        return PartitionSpec(*(self._carriers(axis, size) for axis, size in zip(axes, shape, strict=True)))
+
+    def _carriers(self, axis: str | None, size: int) -> tuple[str, ...] | None:
         kept, parts = [], 1
         for name in () if axis is None else self.rules[axis]:
             if self.mesh.shape[name] > 1 and size % (parts * self.mesh.shape[name]) == 0:
                 kept.append(name)
                 parts *= self.mesh.shape[name]
-        return tuple(kept)
+        return tuple(kept) or None
 
 
 _SCOPE: ContextVar[_Scope | None] = ContextVar("scope", default=None)
@@ -226,9 +243,9 @@ def decoding(*, prompts: bool = False) -> Iterator[None]:
         yield
 
 
-def decode_rules(mesh: Mesh) -> Rules:
-    """The table of a mesh's `decode`."""
-    return DECODE_RULES[_config(mesh).decode]
+def decoding_layout(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    """Where `constrain` puts an array inside `decoding`."""
+    return NamedSharding(mesh, _Scope(mesh, DECODE_RULES[_config(mesh).decode]).spec(shape, axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -239,16 +256,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     here = _SCOPE.get()
     if here is None:
         return x
-    spec = PartitionSpec(*(here.carriers(axis, size) or None for axis, size in zip(axes, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, here.spec(x.shape, axes))
 
 
 def to_weights(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lay the first operand of a product out as the second's inputs, `axes`, where rules leave weights in place."""
+    """Lay what goes into a product with weights, or comes out, as their `axes` lie, where the rules leave these so."""
     here = _SCOPE.get()
     if here is None or "product_rows" not in here.rules:
         return x
     return constrain(x, "product_rows", *(None,) * (x.ndim - 1 - len(axes)), *axes)
+
+
+def moves(axes: Sequence[str | None]) -> bool:
+    """Whether the rules here lay an array of these axes out otherwise than training does."""
+    here = _SCOPE.get()
+    if here is None:
+        return False
+    wide = {name for name, size in here.mesh.shape.items() if size > 1}
+    return any(wide & set(here.rules[axis]) != wide & set(RULES[axis]) for axis in axes if axis is not None)
 
 
 def splits(axis: str) -> int:
@@ -264,22 +289,10 @@ def passing(rows: int) -> tuple[int, int]:
     """
     here = _SCOPE.get()
     assert here is not None
-    shards, stages, chosen = batch_shards(here.mesh.shape), here.mesh.shape["pipeline"], _config(here.mesh)
-    least = row_multiple(here.mesh.shape, chosen.pipeline_microbatches)
-    if rows % least:
-        raise UserError(
-            f"{rows} rows do not divide over {shards} batch shards × {least // shards} parts that pass the "
-            f"{stages} stages of mesh.pipeline; {_one_of(nearest_multiples(rows, least))} would"
-        )
-    if chosen.pipeline_microbatches is not None:
-        return shards, chosen.pipeline_microbatches
-    return shards, max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
-
-
-def nearest_multiples(number: int, of: int) -> list[int]:
-    """The positive ones below and above a number."""
-    below = number // of * of
-    return [multiple for multiple in (below, below + of) if multiple]
+    shards, stages = batch_shards(here.mesh.shape), here.mesh.shape["pipeline"]
+    chosen = _config(here.mesh).pipeline_microbatches
+    check_rows(rows, here.mesh.shape, chosen)
+    return shards, chosen or max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
 
 
 def over_stages(f: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
@@ -297,7 +310,7 @@ def unbox(tree: Any) -> Any:
     return nn.meta.unbox(tree)
 
 
-def shardings(mesh: Mesh, boxed: Any, rules: Rules = RULES) -> Any:
+def shardings(mesh: Mesh, boxed: Any) -> Any:
     """NamedShardings, without boxes, for a tree of (abstract) arrays, boxed with logical names where they have any.
 
     Raises UserError where an axis does not divide by its mesh axes.
@@ -310,14 +323,14 @@ def shardings(mesh: Mesh, boxed: Any, rules: Rules = RULES) -> Any:
             return value
         names = leaf.names if boxed else ()
         for axis, size in zip(names, value.shape, strict=False):
-            if axis is not None and size % parts(mesh, axis, rules):
+            if axis is not None and size % parts(mesh, axis):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                asked = " × ".join(f"mesh.{name}={mesh.shape[name]}" for name in rules[axis] if mesh.shape[name] > 1)
+                asked = " × ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
                 raise UserError(
                     f"{asked} does not divide {size}, the axis {axis!r} of {where} {value.shape}; "
                     f"{_one_of(divisors(size))} would"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(rules[axis] or None if axis else None for axis in names)))
+        return NamedSharding(mesh, PartitionSpec(*(RULES[axis] if axis else None for axis in names)))
 
     return jax.tree_util.tree_map_with_path(
         place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
@@ -329,9 +342,9 @@ def in_shards(layout: Any, tree: Any) -> Any:
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, layout)
 
 
-def parts(mesh: Mesh, axis: str | None, rules: Rules = RULES) -> int:
-    """Into how many parts the mesh splits a logical axis."""
-    return 1 if axis is None else math.prod(mesh.shape[name] for name in rules[axis])
+def parts(mesh: Mesh, axis: str | None) -> int:
+    """Into how many parts the mesh splits a logical axis of parameters."""
+    return 1 if axis is None else math.prod(mesh.shape[name] for name in RULES[axis])
 
 
 def _config(mesh: Mesh) -> MeshConfig:

@@ -4,7 +4,6 @@ Shapes: B batch, T query positions, S key positions, D model, N query heads, K k
 L layers, E experts.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -126,7 +125,8 @@ class ExpertsFeedForward(nn.Module):
         into, back = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         gate, up = (kernel(self, name, init, into, (e, d, f)) for name in ("gate", "up"))
         down = kernel(self, "down", out_init, back, (e, f, d))
-        flat = to_weights(x_BTD, "embed").reshape(-1, d)
+        # The tokens of rows that are split along their length meet here: experts take any of them.
+        flat = to_weights(constrain(x_BTD, "batch", None, None), "embed").reshape(-1, d)
         logits = jnp.matmul(flat.astype(jnp.float32), router, precision="highest")
 
         def mix(x, logits, kernels):
@@ -193,7 +193,7 @@ def dense(module, name, *, x, shape, axes, init, bias, inputs=1):
     out = multiply(rows, kernel(module, name, init, axes, shape))
     if _has_adapter(module, name):
         out += _adapter(module, name, rows, shape, axes, inputs)
-    out = out.reshape(*x.shape[: x.ndim - inputs], *shape[inputs:])
+    out = to_weights(out.reshape(*x.shape[: x.ndim - inputs], *shape[inputs:]), *axes[inputs:])
     if not bias:
         return out
     zeros = named(nn.initializers.zeros, *axes[inputs:])

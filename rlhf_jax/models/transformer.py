@@ -60,12 +60,12 @@ class Transformer(nn.Module):
                 (s.d_model, s.vocab_size),
                 jnp.float32,
             )
-        x_BTD = look_up(embedding, tokens_BT)
+        x_BTD = _rows_of(embedding, tokens_BT)
         if s.scale_embedding:  # a tied row has length about 1; times sqrt(d) the residual stream starts at unit size
             x_BTD *= s.d_model**0.5
         if s.positions == "learned":
             table = named(nn.initializers.normal(0.02), None, "embed")
-            x_BTD += look_up(self.param("positions", table, (s.max_len, s.d_model), jnp.float32), positions_BT)
+            x_BTD += _rows_of(self.param("positions", table, (s.max_len, s.d_model), jnp.float32), positions_BT)
         x_BTD = constrain(x_BTD.astype(s.dtype), "batch", "length", None)
         ropes, each = _ropes(s, positions_BT), (jnp.arange(s.n_layers), jnp.asarray(s.layer_kinds))
         keys, values = (None, None) if cache is None else (cache.keys, cache.values)
@@ -97,6 +97,12 @@ class Transformer(nn.Module):
         if left and self.is_mutable_collection(ROUTER):
             self.put_variable(ROUTER, "layers", left[ROUTER])
         return x_BTD
+
+
+def _rows_of(table, index_BT):
+    """Rows of a table that is split along both axes: looked up where they lie, then sent where they are read."""
+    x_BTD = look_up(table, constrain(index_BT, "lookup", None))
+    return constrain(constrain(x_BTD, "lookup", None, "embed"), "batch", None, None)
 
 
 def _blocks(spec, length):
