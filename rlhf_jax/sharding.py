@@ -1,23 +1,26 @@
-"""The device mesh and the rules, which mesh axes carry which logical axis; nothing else names PartitionSpec."""
+"""The rules, which mesh axes carry which logical axis, and what follows from them; nothing else names PartitionSpec."""
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.mesh import AXES as AXES
+from rlhf_jax.mesh import Decode, batch_shards, check_rows, choices, divisors, one_of
+from rlhf_jax.mesh import MeshConfig as MeshConfig
+from rlhf_jax.mesh import make_mesh as make_mesh
+from rlhf_jax.mesh import row_multiple as row_multiple
+from rlhf_jax.mesh import single_device_mesh as single_device_mesh
+from rlhf_jax.mesh import slice_index as slice_index
 from rlhf_jax.types import Batch
-
-AXES = ("data", "pipeline", "fsdp", "expert", "sequence", "tensor")
-"""The mesh's axes; the later one stands, the nearer are the devices that exchange along it."""
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -36,7 +39,6 @@ RULES: Rules = {
 }
 """Which mesh axes split which logical axis of parameters and activations."""
 
-Decode = Literal["gathered", "split"]
 _DECODING: Rules = {
     **RULES,
     **dict.fromkeys(("batch", "rows", "lookup"), ("data", "fsdp", "pipeline", "sequence")),
@@ -51,140 +53,6 @@ DECODE_RULES: Mapping[Decode, Rules] = {
     },
 }
 """The same while a policy samples: a token at a time has no length to split, and stages would wait for one another."""
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Axes of the device mesh; the product of their sizes is the number of devices."""
-
-    data: int = -1
-    """Data parallelism: copies of the parameters; -1 fills with the devices that the other axes leave."""
-    fsdp: int = 1
-    """Fully sharded data parallelism: the batch and the parameters are split."""
-    tensor: int = 1
-    """Tensor parallelism: heads, hidden units and vocabulary are split."""
-    sequence: int = 1
-    """Sequence parallelism: the tokens of each row are split, for long rows; attention gathers keys and values. Rows
-    are padded to a length that it divides."""
-    expert: int = 1
-    """Expert parallelism: the experts of a mixture are split."""
-    pipeline: int = 1
-    """Pipeline parallelism: the layers are split into stages, through which the parts of a batch pass."""
-    pipeline_microbatches: int | None = None
-    """Parts that pass through the stages one after another (GPipe): a multiple of `pipeline` that divides the rows of
-    a (micro)batch on a device. None: the largest such one up to 4 × `pipeline`, which leaves a fifth of the time idle
-    at most."""
-    decode: Decode = "gathered"
-    """Where weights lie while a policy samples. gathered: once before the first token each device gets whole
-    kernels, in the type that products take, split by tensor and expert alone. split: they stay as far apart as in
-    training, and the activations of each token travel instead: no more memory, slower."""
-
-    def __post_init__(self) -> None:
-        for name, size in self._sizes().items():
-            if size < 1 and size != -1:
-                raise ValueError(f"mesh.{name} must be at least 1, or -1 to fill, got {size}")
-        if sum(size == -1 for size in self._sizes().values()) > 1:
-            raise ValueError("mesh: only one axis may be -1")
-        if self.pipeline_microbatches is not None and self.pipeline_microbatches < 1:
-            raise ValueError(f"mesh.pipeline_microbatches must be at least 1, got {self.pipeline_microbatches}")
-
-    @property
-    def fixed_devices(self) -> int:
-        """Devices asked for by the axes that are not -1."""
-        return math.prod(size for size in self._sizes().values() if size != -1)
-
-    def resolve(self, devices: int) -> dict[str, int]:
-        """Size of each axis on so many devices."""
-        sizes = self._sizes()
-        if -1 not in sizes.values() and self.fixed_devices != devices:
-            raise UserError(f"mesh asks for {self.fixed_devices} devices, {devices} found; set one axis to -1 to fill")
-        if devices % self.fixed_devices:
-            raise UserError(
-                f"mesh asks for a multiple of {self.fixed_devices} devices, {devices} found; "
-                f"the sizes given must multiply to {_one_of(divisors(devices))}"
-            )
-        fill = devices // self.fixed_devices
-        sizes = {name: fill if size == -1 else size for name, size in sizes.items()}
-        if self.pipeline_microbatches is not None and self.pipeline_microbatches % sizes["pipeline"]:
-            raise UserError(
-                f"mesh.pipeline_microbatches={self.pipeline_microbatches} must be a multiple of "
-                f"mesh.pipeline={sizes['pipeline']}"
-            )
-        return sizes
-
-    def _sizes(self) -> dict[str, int]:
-        return {name: vars(self)[name] for name in AXES}
-
-
-_CONFIGS: dict[Mesh, MeshConfig] = {}  # JAX has one object for equal meshes, which can hold no fields of ours
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over these devices, or all there are; its axes are Auto, as flax.linen wants them.
-
-    Slices of TPUs lie along the data axis, so that parameters never cross the network between them; a mesh axis
-    may take a part of an axis of the torus. Raises UserError where slices or torus do not divide so. Of several
-    configs that give the same mesh, the last one's choices hold.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = config.resolve(len(devices))
-    types, slices = (AxisType.Auto,) * len(sizes), len({slice_index(device) for device in devices})
-    if sizes["data"] % slices:
-        raise UserError(f"mesh.data={sizes['data']} must be a multiple of the {slices} slices, which it spans")
-    within = (sizes["data"] // slices, *list(sizes.values())[1:])
-    across = (slices,) + (1,) * (len(sizes) - 1)
-    try:
-        if slices == 1:
-            grid = create_device_mesh(within, devices, allow_split_physical_axes=True)
-        else:
-            grid = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    except NotImplementedError:
-        raise UserError(f"mesh {sizes} does not lie on the torus of these {len(devices)} devices") from None
-    mesh = Mesh(grid, tuple(sizes), axis_types=types)
-    _CONFIGS[mesh] = config
-    return mesh
-
-
-def slice_index(device: Any) -> int:
-    """Which slice of TPUs a device belongs to; 0 where there is one."""
-    try:
-        return device.slice_index
-    except AttributeError:  # libtpu numbers slices where there are several alone
-        return 0
-
-
-def single_device_mesh() -> Mesh:
-    """A mesh of the first device alone."""
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
-
-
-def batch_shards(sizes: Mapping[str, int]) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return sizes["data"] * sizes["fsdp"]
-
-
-def row_multiple(mesh: Mesh) -> int:
-    """What the rows of every (micro)batch must be a multiple of: its shards times the parts that pass the stages."""
-    return batch_shards(mesh.shape) * (_config(mesh).pipeline_microbatches or mesh.shape["pipeline"])
-
-
-def check_rows(rows: int, sizes: Mapping[str, int], microbatches: int | None) -> None:
-    """Raise UserError where rows do not divide over a mesh, whose `pipeline_microbatches` may be given."""
-    shards, passing = batch_shards(sizes), microbatches or sizes["pipeline"]
-    if rows % (shards * passing) == 0:
-        return
-    stages = f" × {passing} parts that pass {sizes['pipeline']} pipeline stages" if passing > 1 else ""
-    below = rows // (shards * passing) * shards * passing
-    would = _one_of([multiple for multiple in (below, below + shards * passing) if multiple])
-    raise UserError(
-        f"{rows} rows do not divide over the {shards} batch shards of the mesh, "
-        f"data {sizes['data']} × fsdp {sizes['fsdp']}{stages}; {would} would"
-    )
-
-
-def divisors(number: int) -> list[int]:
-    """All of a positive number, smallest first."""
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 @dataclass(frozen=True)
@@ -236,7 +104,7 @@ def decoding(*, prompts: bool = False) -> Iterator[None]:
     if outside is None:
         yield
         return
-    rules = DECODE_RULES[_config(outside.mesh).decode]
+    rules = DECODE_RULES[choices(outside.mesh).decode]
     if prompts:
         rules = {name: axes for name, axes in rules.items() if name != "product_rows"}
     with _entered(replace(outside, rules=rules)):
@@ -245,7 +113,7 @@ def decoding(*, prompts: bool = False) -> Iterator[None]:
 
 def decoding_layout(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
     """Where `constrain` puts an array inside `decoding`."""
-    return NamedSharding(mesh, _Scope(mesh, DECODE_RULES[_config(mesh).decode]).spec(shape, axes))
+    return NamedSharding(mesh, _Scope(mesh, DECODE_RULES[choices(mesh).decode]).spec(shape, axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -290,7 +158,7 @@ def passing(rows: int) -> tuple[int, int]:
     here = _SCOPE.get()
     assert here is not None
     shards, stages = batch_shards(here.mesh.shape), here.mesh.shape["pipeline"]
-    chosen = _config(here.mesh).pipeline_microbatches
+    chosen = choices(here.mesh).pipeline_microbatches
     check_rows(rows, here.mesh.shape, chosen)
     return shards, chosen or max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
 
@@ -328,7 +196,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
                 asked = " × ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
                 raise UserError(
                     f"{asked} does not divide {size}, the axis {axis!r} of {where} {value.shape}; "
-                    f"{_one_of(divisors(size))} would"
+                    f"{one_of(divisors(size))} would"
                 )
         return NamedSharding(mesh, PartitionSpec(*(RULES[axis] if axis else None for axis in names)))
 
@@ -345,19 +213,6 @@ def in_shards(layout: Any, tree: Any) -> Any:
 def parts(mesh: Mesh, axis: str | None) -> int:
     """Into how many parts the mesh splits a logical axis of parameters."""
     return 1 if axis is None else math.prod(mesh.shape[name] for name in RULES[axis])
-
-
-def _config(mesh: Mesh) -> MeshConfig:
-    """The choices that a mesh was made with; the defaults for one that was not made here."""
-    return _CONFIGS.get(mesh, MeshConfig())
-
-
-def _one_of(numbers: Sequence[int]) -> str:
-    """`1, 2 or 4`, the middle left out of long lists."""
-    words = [str(number) for number in numbers]
-    if len(words) > 6:
-        words = [*words[:3], "…", *words[-2:]]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -17,7 +17,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 LAYERS = (
     ("types", "errors", "files", "cache", "numerics", "masking"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
-    ("models", "interop", "sharding", "sampling", "rewards", "data"),
+    ("mesh", "models", "interop", "sharding", "sampling", "rewards", "data"),
     ("optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
     ("config", "run", "cli", "inference", "plan"),

@@ -10,7 +10,6 @@ import sentencepiece
 
 from rlhf_jax.errors import UserError
 
-
 _SPACE = "\u2581"  # SentencePiece's
 
 

@@ -177,7 +177,7 @@ def _of_kind(options: tuple[Any, ...], local: Any) -> Any:
 
 def named(init: Any, *axes: str | None) -> Callable[..., Any]:
     """An initialiser whose parameter knows the logical names of its axes."""
-    return init if axes == (None,) else nn.with_logical_partitioning(init, axes)
+    return nn.with_logical_partitioning(init, axes)
 
 
 def kernel(module, name, init, axes, shape):

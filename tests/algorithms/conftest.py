@@ -64,8 +64,8 @@ def make_context(tmp_path, pretrained, some_reviews, monkeypatch):
 
 @pytest.fixture(scope="session")
 def meshes():
-    """The meshes that every stage must agree on with one device; the tests' eight devices fill them."""
-    return [MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)]
+    """Meshes that every stage must agree on with one device, with all axes but `expert` among them."""
+    return [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=2, pipeline=2, sequence=2)]
 
 
 def put_stages(context, *, seed=3):

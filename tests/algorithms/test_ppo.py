@@ -161,7 +161,7 @@ def test_meshes_and_microbatches_take_the_same_iterations(make_context, meshes):
 
     seen, params = two_iterations(config)
     others = [two_iterations(dataclasses.replace(config, num_microbatches=4))]
-    others += [two_iterations(config, mesh) for mesh in meshes]
+    others += [two_iterations(config, meshes[0])]  # `test_ppo_meshes.py` has all
     for other_seen, other_params in others:
         for (metrics, tokens), (other_metrics, other_tokens) in zip(seen, other_seen, strict=True):
             np.testing.assert_array_equal(tokens, other_tokens)  # else one flipped sample would hide the comparison
