@@ -24,7 +24,7 @@ from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
 from rlhf_jax.types import PreferenceBatch
 from tests.compiling import no_compiling
-from tests.meshes import HYBRID, MESHES, mesh_of, shapes
+from tests.meshes import DENSE, STAGES_AND_LENGTHS, mesh_of, shapes
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -34,9 +34,9 @@ SPEC = ModelSpec(
     vocab_size=V, d_model=D, n_layers=L, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=F, max_len=16, qk_norm=True,
     window=5, local_layers=(True, False, False, True),
 )  # fmt: skip
-CUBE = make_mesh(HYBRID["data × fsdp × tensor"])
+CUBE = make_mesh(DENSE["data × fsdp × tensor"])
 BOXES = jax.eval_shape(lambda: models.init(SPEC, jax.random.key(0)))
-MESHES = {"one": MeshConfig(data=1), **{name: mesh for name, mesh in MESHES.items() if mesh.expert == 1}}
+MESHES = {"one": MeshConfig(data=1), "stages and lengths": STAGES_AND_LENGTHS, **DENSE}
 
 
 def batches(count=2):
@@ -81,7 +81,7 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+@pytest.mark.parametrize("name", DENSE)
 def test_a_mesh_takes_the_steps_of_one_device(name):
     _, one, one_losses, one_gradient, _ = trained("one")
     before, state, losses, gradient, _ = trained(name)
@@ -94,7 +94,7 @@ def test_a_mesh_takes_the_steps_of_one_device(name):
     assert jax.tree.map(lambda x: (x.shape, x.sharding), state) == before
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+@pytest.mark.parametrize("name", DENSE)
 def test_no_device_holds_what_the_rules_split(name):
     mesh, found = MESHES[name], shapes(trained(name)[-1])
     assert (D, V) in shapes(trained("one")[-1]) and (L, D, F) in shapes(trained("one")[-1])
@@ -138,7 +138,7 @@ def pair_losses(name):
     return jax.device_get((loss.value, metrics["margin"].value))
 
 
-@pytest.mark.parametrize("name", ["fsdp × sequence × tensor", "fsdp × pipeline × sequence"])
+@pytest.mark.parametrize("name", ["fsdp × sequence × tensor", "stages and lengths"])
 def test_a_reward_models_loss_is_that_of_one_device(name):
     np.testing.assert_allclose(pair_losses(name), pair_losses("one"), atol=1e-5)
 

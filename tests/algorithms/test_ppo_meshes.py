@@ -18,7 +18,7 @@ from rlhf_jax.models.spec import Experts
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.train_step import compiled
 from tests.compiling import no_compiling
-from tests.meshes import MESHES, mesh_of
+from tests.meshes import DENSE, EXPERTS, STAGES_AND_LENGTHS, mesh_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
@@ -27,6 +27,7 @@ SPEC = ModelSpec(
     scale_embedding=False,
 )  # fmt: skip
 MIXTURE = dataclasses.replace(SPEC, experts=Experts(4, 2, balance_coef=0.1))
+MESHES = {**DENSE, "stages and lengths": STAGES_AND_LENGTHS, **EXPERTS}
 CONFIG = ppo.Config(
     policy="base", critic=ValueHead("base"), reward="rm", batch_size=32, prompt_tokens=(2, 5), completion_tokens=9,
     epochs=2, minibatches=2, optimizer=Optimizer(3e-3), critic_optimizer=Optimizer(3e-3), exact_kl_rows=8,
@@ -62,7 +63,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_takes_the_iterations_of_one_device(name, alone, tmp_path):
-    spec = MIXTURE if MESHES[name].expert > 1 else SPEC
+    spec = MIXTURE if name in EXPERTS else SPEC
     seen, params = alone[spec]
     other_seen, other_params = two_iterations(tmp_path, spec, mesh_of(MESHES[name]))
     for (metrics, tokens), (other_metrics, other_tokens) in zip(seen, other_seen, strict=True):

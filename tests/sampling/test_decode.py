@@ -15,6 +15,8 @@ from rlhf_jax.plan.collectives import collectives
 from rlhf_jax.sampling import Sampling, ended, generate
 from rlhf_jax.sharding import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 EOS, PAD = 3, 0
 SPEC = ModelSpec(vocab_size=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_len=32)
 
