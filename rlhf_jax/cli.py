@@ -47,6 +47,8 @@ it take. Nothing is run, and no weights, tokenizer or data are read.
   --topology    v4, v5e, v5p, v6e or tpu7x, and the chips along each axis of a slice
   --num_slices  slices of that shape, joined by the data centre's network
   --stage       one stage alone
+  --fit         search mesh, microbatches and remat for the fastest that fits, and print it with its flags
+  --tries       how many settings --fit compiles at most (12)
   --json        one line of JSON on stdout
   --FIELD       any field of the experiment; `rlhf-jax run CONFIG --help` lists them
 """
@@ -190,6 +192,8 @@ def _plan(args: list[str]) -> None:
     options.add_argument("--topology", default="")
     options.add_argument("--num_slices", type=int, default=1)
     options.add_argument("--stage")
+    options.add_argument("--fit", action="store_true")
+    options.add_argument("--tries", type=int, default=12)
     options.add_argument("--json", action="store_true")
     try:
         a, flags = options.parse_known_args(args[1:])
@@ -200,12 +204,15 @@ def _plan(args: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has: the pod's devices are libtpu's words
     from rlhf_jax.config import load_config, parse
     from rlhf_jax.plan import show
+    from rlhf_jax.plan.fit import fit
     from rlhf_jax.plan.plan import plan
 
     with contextlib.redirect_stdout(sys.stderr):
         experiment = parse(load_config(Path(args[0])), flags)
-        found = plan(experiment, a.topology, num_slices=a.num_slices, stage=a.stage, say=_say)
-    print(json.dumps(show.as_dict(found)) if a.json else "\n".join(show.lines(found)))
+        asked = {"num_slices": a.num_slices, "stage": a.stage, "say": _say}
+        tried = fit(experiment, a.topology, tries=a.tries, **asked) if a.fit else []
+        found = tried[0].plan if tried else plan(experiment, a.topology, **asked)
+    print(json.dumps(show.as_dict(found, tried)) if a.json else "\n".join(show.lines(found, tried)))
     if not found.fits:
         raise UserError(show.problem(found))
 

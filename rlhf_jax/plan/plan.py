@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -52,8 +53,7 @@ def plan(
     `say` is told which program is being compiled. Raises UserError for a topology that there is not, a mesh that does
     not fit its devices, and a model that does not divide over the mesh.
     """
-    if stage is not None and stage not in experiment.stages:
-        raise UserError(f"--stage {stage}: there is no such stage; there are {', '.join(experiment.stages)}")
+    wanted = stages_of(experiment, stage)
     pod = find(topology, num_slices=num_slices)
     validate(experiment, len(pod.devices))
     mesh = sharding.make_mesh(experiment.mesh, pod.devices)
@@ -61,11 +61,20 @@ def plan(
     options = {"exec_time_optimization_effort": EFFORT}
     estimates = []
     for program, useful in zip(programs.programs(experiment, mesh), once, strict=True):
-        if stage not in (None, program.stage):
+        if program.stage not in wanted:
             continue
         say(f"compiling {program.stage}.{program.name} for {topology}")
         estimates.append(estimate(program, useful, mesh, pod.chip, options=options))
     return Plan(pod, mesh, estimates)
+
+
+def stages_of(experiment: Experiment, stage: str | None) -> dict[str, Any]:
+    """All stages, or the one that is asked for; raises UserError where there is none of that name."""
+    if stage is None:
+        return dict(experiment.stages)
+    if stage not in experiment.stages:
+        raise UserError(f"--stage {stage}: there is no such stage; there are {', '.join(experiment.stages)}")
+    return {stage: experiment.stages[stage]}
 
 
 def compiler() -> str:

@@ -1,17 +1,19 @@
 """A plan in words and as JSON: what was counted, what the compiler says and what is a model stand apart."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.plan.chips import GIB
 from rlhf_jax.plan.estimate import EFFORT, Estimate, advice
+from rlhf_jax.plan.fit import Try
 from rlhf_jax.plan.plan import Plan, compiler
 
 DAY = 86_400
 
 
-def lines(plan: Plan) -> list[str]:
-    """For a terminal: a few lines a program, then the whole."""
+def lines(plan: Plan, tried: Sequence[Try] = ()) -> list[str]:
+    """For a terminal: a few lines a program, the whole, and the settings that a search tried."""
     chip, devices = plan.topology.chip, plan.mesh.devices.size
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.shape.items() if size > 1) or "one device"
     slices = f", {plan.topology.num_slices} slices" if plan.topology.num_slices > 1 else ""
@@ -23,7 +25,8 @@ def lines(plan: Plan) -> list[str]:
     ]
     for one in plan.estimates:
         found += ["", *_program(one, plan)]
-    return [*found, "", *_whole(plan)]
+    settings = ["", "tried, best first:", *(f"  {one.line()}" for one in tried)] if tried else []
+    return [*found, "", *_whole(plan), *settings]
 
 
 def problem(plan: Plan) -> str:
@@ -73,8 +76,8 @@ def _whole(plan: Plan) -> list[str]:
     ]
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """For tools; bytes, seconds and FLOPs without units."""
+def as_dict(plan: Plan, tried: Sequence[Try] = ()) -> dict[str, Any]:
+    """For tools; bytes, seconds and FLOPs without units; `tried` is what a search compiled."""
     chip, devices = plan.topology.chip, plan.mesh.devices.size
     return {
         "topology": plan.topology.name,
@@ -94,6 +97,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         }
         if plan.fits
         else None,
+        "tried": [one.as_dict() for one in tried],
     }
 
 

@@ -1,5 +1,6 @@
 """Plans for pods that are not there, by the compiler itself where its package is installed."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -9,13 +10,14 @@ import pytest
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.cli import main
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, parse
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.load import FromPretrained
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.plan import show, topology
 from rlhf_jax.plan.chips import CHIPS
+from rlhf_jax.plan.fit import fit
 from rlhf_jax.plan.plan import plan
 from rlhf_jax.sharding import MeshConfig
 
@@ -155,6 +157,29 @@ def test_what_does_not_fit_says_what_to_change(tmp_path, capsys):
     assert message.startswith("v5e:2x2: sft.train needs ") and "of 15.75 GiB" in message and "mesh.fsdp" in message
     assert "\n" not in message
     assert json.loads(json.dumps(show.as_dict(found)))["programs"]["sft.train"]["model"] is None
+
+
+@needs_libtpu
+def test_fit_goes_from_what_does_not_fit_to_what_does(tmp_path, capsys):
+    wide = dataclasses.replace(SPEC, vocab_size=32_768)  # a million tokens' logits are too many for four devices
+    begin = experiment(wide, mesh=MeshConfig(fsdp=4), batch_size=8192, heldout_rows=8192)
+    tried = fit(begin, "v5e:2x2", tries=4)
+    first, best = next(one for one in tried if one.setting.microbatches == (("sft", 1),)), tried[0]
+    assert first.cost[0] and best.plan.fits and best.setting.microbatches[0][1] > 1
+    assert [one.cost for one in tried] == sorted(one.cost for one in tried) and len(tried) <= 4
+    assert parse(begin, best.setting.flags().split()) == best.setting.apply(begin)
+
+
+@needs_libtpu
+def test_fit_as_a_command(tmp_path, capsys):
+    config = tmp_path / "tiny.py"
+    config.write_text(CONFIG)
+    assert main(["plan", str(config), "--topology", "v5e:2x2", "--fit", "--tries", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fast, slow = found["tried"]
+    assert fast["fits"] and fast["seconds"] == found["model"]["seconds"] <= slow["seconds"]
+    assert main(["plan", str(config), "--topology", "v5e:2x2", "--fit", "--tries", "0"]) == 2
+    assert capsys.readouterr().err == "error: --tries must be at least 1, got 0\n"
 
 
 def test_a_stage_that_there_is_not():
