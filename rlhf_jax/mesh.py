@@ -129,12 +129,12 @@ def batch_shards(sizes: Mapping[str, int]) -> int:
 
 def row_multiple(mesh: Mesh) -> int:
     """What the rows of every (micro)batch must be a multiple of: its shards times the parts that pass the stages."""
-    return batch_shards(mesh.shape) * (choices(mesh).pipeline_microbatches or mesh.shape["pipeline"])
+    return batch_shards(mesh.shape) * _passing(mesh.shape, choices(mesh).pipeline_microbatches)
 
 
 def check_rows(rows: int, sizes: Mapping[str, int], microbatches: int | None) -> None:
     """Raise UserError where rows do not divide over a mesh, whose `pipeline_microbatches` may be given."""
-    shards, passing = batch_shards(sizes), microbatches or sizes["pipeline"]
+    shards, passing = batch_shards(sizes), _passing(sizes, microbatches)
     if rows % (shards * passing) == 0:
         return
     stages = f" × {passing} parts that pass {sizes['pipeline']} pipeline stages" if passing > 1 else ""
@@ -144,6 +144,11 @@ def check_rows(rows: int, sizes: Mapping[str, int], microbatches: int | None) ->
         f"{rows} rows do not divide over the {shards} batch shards of the mesh, "
         f"data {sizes['data']} × fsdp {sizes['fsdp']}{stages}; {would} would"
     )
+
+
+def _passing(sizes: Mapping[str, int], microbatches: int | None) -> int:
+    """The fewest parts of a device's rows that pass the stages one after another; 1 without stages."""
+    return 1 if sizes["pipeline"] == 1 else microbatches or sizes["pipeline"]
 
 
 def divisors(number: int) -> list[int]:

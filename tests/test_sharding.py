@@ -1,5 +1,6 @@
 """A mesh changes where numbers live, not what they are: every axis alone, and hybrids, beside one device."""
 
+import dataclasses
 import functools
 import itertools
 from functools import partial
@@ -106,6 +107,23 @@ def test_no_device_holds_what_the_rules_split(name):
     if mesh.tensor > 1:
         sizes = set(itertools.chain.from_iterable(found))
         assert V not in sizes and F not in sizes  # nor of a single layer, nor the logits of a single row
+
+
+def test_half_precision_passes_the_stages():
+    """XLA's CPU compiler ends the process at a sum of bfloat16 over the stages: there must be none."""
+    spec, mesh = dataclasses.replace(SPEC, dtype="bfloat16", remat="full"), mesh_of(MESHES["data × pipeline × tensor"])
+    loss_fn, (_, state) = language_model_loss(spec), make_state(mesh)
+    batch = sharding.shard_batch(mesh, next(batches(1)))
+
+    def loss(params, batch):
+        return loss_fn(params, batch, {}, jax.random.key(0))[0].value
+
+    with sharding.scope(mesh):
+        value, gradient = jax.jit(jax.value_and_grad(loss))(state.params, batch)
+    _, _, (expected, _), one, _ = trained("one")
+    np.testing.assert_allclose(value, expected, rtol=0.02)
+    for a, b in zip(leaves(gradient), leaves(one), strict=True):
+        assert np.linalg.norm(a - b) < 0.15 * np.linalg.norm(b)
 
 
 def test_fsdp_sends_each_parameter_three_times():

@@ -51,6 +51,7 @@ def through_stages(
 def _pass(stage: Stage, stages: int, dtype: Any, layers: Any, x: Array, rows: Any) -> tuple[Array, Any]:
     """One stage's turns: one for each microbatch, and S − 1 in which the first or the last ones are still elsewhere."""
     index, microbatches = jax.lax.axis_index("pipeline"), x.shape[0]
+    x = jax.lax.pcast(x, "pipeline", to="varying")  # here, so that its gradient is summed over stages once, as float32
 
     @jax.checkpoint
     def work(x: Array, turn: Array) -> tuple[Array, Any]:
