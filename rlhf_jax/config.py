@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.context import StageConfig
+from rlhf_jax.algorithms.context import StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import Hosts
 from rlhf_jax.interop.pretrained import ModelConfig, Scratch
-from rlhf_jax.sharding import MeshConfig, batch_shards
+from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
 _STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -72,7 +73,7 @@ def validate(experiment: Experiment, devices: int) -> None:
                 f"stages: {name!r} cannot name a stage; a name has letters, digits and _, and is none of "
                 f"{', '.join(_RESERVED)}"
             )
-    sizes = experiment.mesh.resolve(devices)
+    sizes, parts = experiment.mesh.resolve(devices), experiment.mesh.pipeline_microbatches
     max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
         for where, (required, kind) in stage.requires().items():
@@ -89,24 +90,24 @@ def validate(experiment: Experiment, devices: int) -> None:
                     f"stages.{name}.{where}: {length} tokens, more than the model's context, "
                     f"model.spec.max_len = {max_len}"
                 )
-        for whose, grid in (_sub_meshes(name, stage, devices) or {"mesh": sizes}).items():
-            shards = batch_shards(grid)
-            for where, rows in stage.batch_sizes().items():
-                if rows % shards:
-                    raise UserError(
-                        f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the "
-                        f"{whose}, data {grid['data']} × fsdp {grid['fsdp']}"
-                    )
+        grids = _sub_meshes(name, stage, devices) or {"mesh": (sizes, parts)}
+        for where, rows in stage.batch_sizes().items():
+            for whose, grid in grids.items():
+                check_field(f"stages.{name}.{where}", partial(check_rows, rows, *grid, whose=whose))
 
 
-def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, dict[str, int]]:
-    """The axes of a stage's sub-meshes, by their fields; none where it runs on the experiment's mesh."""
+def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, tuple[dict[str, int], int | None]]:
+    """Axes of a stage's sub-meshes and `pipeline_microbatches`, by their fields; none where it has the whole mesh."""
     if not isinstance(stage, OnPolicyConfig):
         return {}
     try:
-        return {f"placement.{field}": sizes for field, sizes in stage.placement.sizes(devices).items()}
+        found = stage.placement.sizes(devices)
     except UserError as error:
         raise UserError(f"stages.{name}.placement.{error}") from None
+    return {
+        f"placement.{field}": (sizes, vars(stage.placement)[field].pipeline_microbatches)
+        for field, sizes in found.items()
+    }
 
 
 def check_inputs(experiment: Experiment) -> None:

@@ -20,8 +20,9 @@ from rlhf_jax import digests
 from rlhf_jax.checkpoint import Checkpoints, load_params, save_params
 from rlhf_jax.errors import UserError
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import create_state
-from tests.test_sharding import mesh_of
+from tests.meshes import mesh_of
 
 CURSOR = {"iterator": {"position": 7, "shards": [1, 2]}, "epoch": 3, "rows": ["a", "ü"]}
 
@@ -80,10 +81,10 @@ def test_a_key_of_another_kind_stays_of_that_kind(tmp_path):
 
 
 def test_a_state_saved_on_one_mesh_is_restored_onto_another(tmp_path):
-    four, eight = split_over(mesh_of(1, 4, 1), "fsdp"), split_over(mesh_of(4, 1, 2), "tensor")
+    four, eight = split_over(mesh_of(MeshConfig(1, 4, 1)), "fsdp"), split_over(mesh_of(MeshConfig(4, 1, 2)), "tensor")
     checkpoints, state = Checkpoints(tmp_path), make(layout=four)
     checkpoints.save(1, state, CURSOR)
-    for layout, rows in ((eight, 4), (split_over(mesh_of(1, 1, 1), None), 8), (four, 2)):
+    for layout, rows in ((eight, 4), (split_over(mesh_of(MeshConfig(1, 1, 1)), None), 8), (four, 2)):
         target = make(seed=1, layout=layout)
         restored, _ = checkpoints.restore(target)
         assert bits(restored) == bits(state)
@@ -257,9 +258,9 @@ def test_a_full_disk_is_one_line_and_what_was_there_survives(small_disk):
 def test_parameters_are_replaced_and_read_onto_any_mesh(tmp_path):
     folder = tmp_path / "stage" / "params"
     save_params(folder, make(seed=1).params)
-    params = make(layout=split_over(mesh_of(1, 4, 1), "fsdp")).params
+    params = make(layout=split_over(mesh_of(MeshConfig(1, 4, 1)), "fsdp")).params
     save_params(folder, params)
-    target = make(seed=2, layout=split_over(mesh_of(4, 1, 2), "tensor")).params
+    target = make(seed=2, layout=split_over(mesh_of(MeshConfig(4, 1, 2)), "tensor")).params
     loaded = load_params(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
     assert bits(loaded) == bits(params)
     assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(lambda x: x.sharding, target)

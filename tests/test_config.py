@@ -325,9 +325,9 @@ class TestJson:
     def test_unknown_class_or_field(self):
         plain = config.to_dict(experiment())
         assert fail(config.from_dict, plain, [ToyModel]).startswith("config.json: no class 'ToyStage' here")
-        plain["mesh"]["pipeline"] = 2
+        plain["mesh"]["pipelines"] = 2
         message = fail(config.from_dict, plain, [ToyModel, ToyStage])
-        assert message == "config.json: MeshConfig has no field 'pipeline'; another version wrote it"
+        assert message == "config.json: MeshConfig has no field 'pipelines'; another version wrote it"
 
     def test_differences(self):
         old = config.to_dict(experiment())

@@ -17,7 +17,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 LAYERS = (
     ("types", "errors", "files", "digests", "cache", "numerics", "masking", "hosts"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
-    ("models", "interop", "sharding", "transfer", "placement", "sampling", "rewards", "data"),
+    ("mesh", "models", "interop", "sharding", "transfer", "placement", "sampling", "rewards", "data"),
     ("guard", "optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
     ("config", "run", "cli", "inference", "plan"),

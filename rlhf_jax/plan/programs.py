@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -186,8 +185,8 @@ def _rollout(context: Context, b: int, t: int) -> Rollout:
 
 def _cache_bytes(context: Context, batch: int, length: int) -> int:
     cache = jax.eval_shape(functools.partial(models.init_cache, context.spec, batch, length))
-    boxes = [nn.LogicallyPartitioned(x, CACHE_AXES) for x in (cache.keys, cache.values)]
-    return device_bytes(sharding.in_shards(sharding.shardings(context.mesh, boxes), sharding.unbox(boxes)))
+    place = sharding.decoding_layout(context.mesh, cache.keys.shape, CACHE_AXES)
+    return device_bytes([_struct(x.shape, x.dtype, place) for x in (cache.keys, cache.values)])
 
 
 def _batch(context: Context, shape: tuple[int, ...], dtype: Any) -> Any:
