@@ -133,7 +133,7 @@ def row_multiple(mesh: Mesh) -> int:
 
 
 def check_rows(rows: int, sizes: Mapping[str, int], microbatches: int | None, *, whose: str = "mesh") -> None:
-    """Raise UserError where rows do not divide over a mesh, that of field `whose`, and its `pipeline_microbatches`."""
+    """Raise UserError where rows do not divide over the mesh of a field, with its `pipeline_microbatches`."""
     shards, passing = batch_shards(sizes), _passing(sizes, microbatches)
     if rows % (shards * passing) == 0:
         return
