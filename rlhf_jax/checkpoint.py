@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ _HIDDEN = ".part"  # after the name of a folder that is being written, or that i
 
 # Orbax's threads print with its traceback what they then hand on, and what we raise or make one line of.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or not record.exc_info)
+
+
+def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` but for tensorstore's writes that end after one of them has failed: their loop is closed
+    then, and each would print that with a traceback.
+    """
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+            show(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
 class Checkpoints:

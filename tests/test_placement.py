@@ -134,6 +134,9 @@ def test_a_model_that_does_not_divide_over_a_sub_mesh_is_told_before_anything_ru
         data=Jsonl(rows, heldout=0.2),
         placement=Disaggregated(sampling=MeshConfig(data=1, tensor=4), training=MeshConfig()),
     )
-    with pytest.raises(UserError, match=r"^stages\.ppo\.placement\.sampling: mesh .*attention/key .* does not divide"):
+    says = r"^stages\.ppo\.placement\.sampling: mesh\.tensor=4 does not divide 2, .*attention/key"
+    with pytest.raises(UserError, match=says):
+        UserError, match=r"^stages\.ppo\.placement\.sampling: mesh\.tensor=4 does not divide 2, .*attention/key"
+    ):
         run(experiment(stages={"ppo": config}), tmp_path / "run", [])
     assert not (tmp_path / "run").exists()

@@ -197,7 +197,7 @@ class TestRefuses:
             ({"mesh": MeshConfig(fsdp=3)}, "mesh asks for a multiple of 3 devices"),
             (
                 {"mesh": MeshConfig(tensor=8), "model": ToyModel()},
-                "does not divide by",  # 2 heads over 8 devices
+                "mesh.tensor=8 does not divide 2",  # 2 heads over 8 devices
             ),
         ],
     )

@@ -47,7 +47,7 @@ TRAPS = {
         "oracles/test_oracles.py::test_in_the_other_reading_ours_is_another_number",
     ),
     "all that changes is state: a killed run ends where an unbroken one does": (
-        "test_killed.py::test_a_run_killed_in_every_stage_ends_where_an_unbroken_one_does",
+        "test_killed.py::test_a_run_that_is_killed_filled_up_and_damaged_ends_where_an_unbroken_one_does",
         "algorithms/test_ppo.py::test_a_stopped_run_ends_where_an_unbroken_one_does",
     ),
     "what cannot be negative never is": (
