@@ -1,6 +1,7 @@
 """Sub-meshes are made of all devices, and what does not make them is told by its field."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -36,6 +37,8 @@ def with_ppo(placement, **fields):
 
 def test_a_split_that_the_devices_make_is_taken():
     validate(with_ppo(SPLIT), 8)
+    devices = {name: math.prod(axes.values()) for name, axes in SPLIT.sizes(8).items()}
+    assert sum(devices.values()) == 8 and devices["sampling"] == SPLIT.sampling.fixed_devices
     validate(with_ppo(Colocated(("reference", "reward", "critic", "optimizers")), batch_size=64), 8)
 
 
