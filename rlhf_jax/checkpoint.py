@@ -38,6 +38,17 @@ _HIDDEN = ".part"  # after the name of a folder that is being written, or that i
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or not record.exc_info)
 
 
+def _is_handed_on(record: logging.LogRecord) -> bool:
+    """False for asyncio's word of a further write that failed as the one did which Orbax hands on: asyncio prints each
+    with its traceback, whenever it comes to be collected.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, ValueError) or "OCDBT" not in str(error)
+
+
+logging.getLogger("asyncio").addFilter(_is_handed_on)
+
+
 def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
     """A `sys.unraisablehook` but for tensorstore's writes that end after one of them has failed: their loop is closed
     then, and each would print that with a traceback.

@@ -1,6 +1,8 @@
 """A state comes back bit for bit, on any mesh; a killed save and a full disk leave the last checkpoint as it was."""
 
+import asyncio
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -235,6 +237,26 @@ def test_a_save_that_does_not_end_leaves_the_one_before(tmp_path, program):
     assert folder_of(again) == ["1"] and not again.damaged
     restored, cursor = again.restore({"x": jnp.zeros(100_000)})
     assert cursor == {"step": 1} and restored["x"].all()
+
+
+def test_of_many_writes_that_fail_at_once_asyncio_prints_none(caplog):
+    """As its loop ends after the first, which Orbax hands on; what else nobody asked for is still told."""
+
+    async def fails(text):
+        raise ValueError(text)
+
+    def forgotten(text):
+        loop = asyncio.new_event_loop()
+        inner = loop.create_task(fails(text))
+        loop.run_until_complete(asyncio.wait([inner]))
+        loop.close()
+
+    forgotten('Error writing "params/0.0" in OCDBT database at local file "/x/": No space left on device')
+    gc.collect()
+    assert not caplog.records
+    forgotten("another's mistake")
+    gc.collect()
+    assert [record.name for record in caplog.records] == ["asyncio"] and "another's" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_what_was_there_survives(small_disk):
