@@ -178,7 +178,7 @@ def _judged(config: Config, judge: Ask, pairs: Sequence[tuple[PromptRow, str, st
         p = verdict.probability
         chosen, rejected = (a, b) if p >= 0.5 else (b, a)
         rows.append(
-            made_rows.conversation(row, chosen=chosen, rejected=rejected)
+            made_rows.conversation(row, {"chosen": chosen, "rejected": rejected})
             | {"probability": max(p, 1 - p), "principle": principle, **vars(verdict)}
             | {"unread": (one is None) + (other is None)}
         )

@@ -108,7 +108,7 @@ class Revised:
     def to_row(self) -> dict[str, Any]:
         """The prompt with its last revision, and how it came to it."""
         asked = dataclasses.replace(self.row, messages=self.prompt)
-        row = made_rows.conversation(asked, completion=self.answers[-1])
+        row = made_rows.conversation(asked, {"completion": self.answers[-1]})
         used = [principle.critique for principle in self.principles]
         return row | {"answers": self.answers[:-1], "critiques": self.critiques, "principles": used}
 

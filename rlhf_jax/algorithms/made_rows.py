@@ -91,7 +91,7 @@ def in_batches(
     return rows
 
 
-def conversation(row: PromptRow, **completions: str) -> dict[str, Any]:
+def conversation(row: PromptRow, completions: Mapping[str, str]) -> dict[str, Any]:
     """A row of a prompt and its completions, texts or messages as the prompt is."""
     if not row.messages:
         return {"prompt": row.text, **completions}
