@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import __version__, models, report, sharding
-from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
+from rlhf_jax.algorithms import ppo, preference, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
@@ -35,6 +35,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     pretrain.Config: pretrain.train,
     sft.Config: sft.train,
     reward_model.Config: reward_model.train,
+    preference.Config: preference.train,
     ppo.Config: ppo.train,
 }
 """What trains each kind of stage."""

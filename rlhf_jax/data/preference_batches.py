@@ -39,6 +39,7 @@ def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions:
     completion_mask = np.zeros((b, completions, length), bool)
     pairs = np.zeros((b, p, 2), np.int32)
     weights, margins = np.zeros((b, p), np.float32), np.zeros((b, p), np.float32)
+    ref_logps = np.zeros((b, completions), np.float32)
     for i, group in enumerate(groups):
         for j, row in enumerate(group.rows()):
             tokens[i, j, : len(row)] = row
@@ -48,4 +49,5 @@ def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions:
         pairs[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
         weights[i, :n] = 1
         margins[i, :n] = group.margins
-    return PreferenceBatch(tokens, mask, completion_mask, pairs, weights, margins)
+        ref_logps[i, : len(group.ref_logps)] = group.ref_logps
+    return PreferenceBatch(tokens, mask, completion_mask, pairs, weights, margins, ref_logps)

@@ -126,7 +126,7 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
     rows, pairs = (b, k, config.length), (b, p)
     mask, weights = _batch(context, rows, jnp.bool_), _batch(context, pairs, jnp.float32)
     tokens, judged = _batch(context, rows, jnp.int32), _batch(context, (*pairs, 2), jnp.int32)
-    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights)
+    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, _batch(context, (b, k), jnp.float32))
     args = (state, batch, context.head_base)
     yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(rows))
 

@@ -68,7 +68,7 @@ def a_run_of(context):
     yield "sft.train", step, (state, put(PackedBatch(rows, rows, rows > 0)), context.base)
     state, step = reward_model.start(STAGES["reward_model"], context, "reward_model")
     rows, pairs = np.zeros((32, 3, 32), np.int32), np.zeros((32, 3), np.float32)
-    batch = put(PreferenceBatch(rows, rows > 0, rows > 0, np.zeros((32, 3, 2), np.int32), pairs, pairs))
+    batch = put(PreferenceBatch(rows, rows > 0, rows > 0, np.zeros((32, 3, 2), np.int32), pairs, pairs, pairs))
     yield "reward_model.train", step, (state, batch, context.head_base)
     algorithm = ppo.Algorithm(STAGES["ppo"], context.spec, **programs.ENDS)
     state = ppo.initial_state(algorithm, context, "ppo")
