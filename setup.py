@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "test": [
-            *("pytest>=9", "hypothesis>=6.100", "ruff", "pyright"),
+            *("pytest>=9", "pytest-xdist[psutil]>=3.8", "hypothesis>=6.100", "ruff", "pyright"),
             *("tokenizers>=0.22", "jinja2>=3.1.6", "gguf>=0.17"),  # what reads models' files, of "hf"
             "pyarrow>=17",  # what reads data sets' files, of "datasets"
         ],

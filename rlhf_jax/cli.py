@@ -3,8 +3,8 @@
 import argparse
 import contextlib
 import difflib
-import errno
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from rlhf_jax import __version__
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NO_ROOM, UserError
 
 USAGE = """usage: rlhf-jax COMMAND …
 
@@ -129,18 +129,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        explained = _explain(error)
+        if explained is None:
             raise
+        print(f"error: {explained[0]}", file=sys.stderr)
+        return explained[1]
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """An error's line and exit code; None for what is to be seen with its traceback."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):  # of SIGINT, or of the signal that it names
+        return "stopped; the same command goes on", 128 + next(iter(error.args), signal.SIGINT)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" for {error.filename}" if error.filename else ""
-        print(f"error: no space left on the disk{where}; free some and repeat the command", file=sys.stderr)
-        return 2
+        return f"no space left on the disk{where}; free some and repeat the command", 2
+    return None
 
 
 def _dispatch(args: list[str]) -> int:
@@ -168,16 +174,19 @@ def _run(args: list[str]) -> None:
     from rlhf_jax.config import describe, load_config, parse_run
 
     path = Path(args[0])
-    workdir, experiment = parse_run(
+    workdir, place, experiment = parse_run(
         load_config(path),
         args[1:],
         workdir=Path("runs") / path.stem,
         prog=f"rlhf-jax run {path}",
         description=describe(path),
     )
+    from rlhf_jax import hosts
     from rlhf_jax.run import run
 
-    run(experiment, workdir, ["rlhf-jax", "run", *args], began=_BEGAN)
+    hosts.join(place)
+    with hosts.Parting(_explain):
+        run(experiment, workdir, ["rlhf-jax", "run", *args], began=_BEGAN)
 
 
 def _plan(args: list[str]) -> None:

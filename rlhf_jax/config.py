@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.context import StageConfig
+from rlhf_jax.algorithms.context import StageConfig, check_field
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import Hosts
 from rlhf_jax.interop.pretrained import ModelConfig, Scratch
-from rlhf_jax.sharding import MeshConfig, batch_shards
+from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
 _STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -70,8 +73,8 @@ def validate(experiment: Experiment, devices: int) -> None:
                 f"stages: {name!r} cannot name a stage; a name has letters, digits and _, and is none of "
                 f"{', '.join(_RESERVED)}"
             )
-    sizes = experiment.mesh.resolve(devices)
-    shards, max_len = batch_shards(sizes), experiment.model.spec.max_len
+    sizes, parts = experiment.mesh.resolve(devices), experiment.mesh.pipeline_microbatches
+    max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
         for where, (required, kind) in stage.requires().items():
             if required not in names[:index]:
@@ -87,12 +90,24 @@ def validate(experiment: Experiment, devices: int) -> None:
                     f"stages.{name}.{where}: {length} tokens, more than the model's context, "
                     f"model.spec.max_len = {max_len}"
                 )
+        grids = _sub_meshes(name, stage, devices) or {"mesh": (sizes, parts)}
         for where, rows in stage.batch_sizes().items():
-            if rows % shards:
-                raise UserError(
-                    f"stages.{name}.{where}: {rows} rows do not divide over the {shards} batch shards of the mesh, "
-                    f"data {sizes['data']} × fsdp {sizes['fsdp']}"
-                )
+            for whose, grid in grids.items():
+                check_field(f"stages.{name}.{where}", partial(check_rows, rows, *grid, whose=whose))
+
+
+def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, tuple[dict[str, int], int | None]]:
+    """Axes of a stage's sub-meshes and `pipeline_microbatches`, by their fields; none where it has the whole mesh."""
+    if not isinstance(stage, OnPolicyConfig):
+        return {}
+    try:
+        found = stage.placement.sizes(devices)
+    except UserError as error:
+        raise UserError(f"stages.{name}.placement.{error}") from None
+    return {
+        f"placement.{field}": (sizes, vars(stage.placement)[field].pipeline_microbatches)
+        for field, sizes in found.items()
+    }
 
 
 def check_inputs(experiment: Experiment) -> None:
@@ -238,32 +253,37 @@ def parse(experiment: Experiment, flags: Sequence[str]) -> Experiment:
 
     Which class stands in a union is the config's to say. A wrong flag ends the process with tyro's message and code 2.
     """
-    return parse_run(experiment, flags, workdir=Path("runs"), prog="rlhf-jax run", description="")[1]
+    return parse_run(experiment, flags, workdir=Path("runs"), prog="rlhf-jax run", description="")[2]
 
 
 def parse_run(
     experiment: Experiment, flags: Sequence[str], *, workdir: Path, prog: str, description: str
-) -> tuple[Path, Experiment]:
-    """Flags of `rlhf-jax run CONFIG`: the workdir and the experiment's fields; UserError for an ill-typed one."""
+) -> tuple[Path, Hosts, Experiment]:
+    """Flags of `rlhf-jax run CONFIG`: workdir, place among the processes, the experiment's fields; UserError for an
+    ill-typed one.
+    """
     for problem in ill_typed(experiment):
         raise UserError(problem)
     workdir_type = typing.Annotated[Path, tyro.conf.arg(help="Folder of the run's files.")]
     # Classes in place of protocols: tyro makes flags from what the values are.
-    fields = [("workdir", workdir_type), ("model", type(experiment.model)), ("stages", dict)]
+    hosts_type = typing.Annotated[Hosts, tyro.conf.arg(name="")]
+    fields = [("workdir", workdir_type), ("hosts", hosts_type), ("model", type(experiment.model)), ("stages", dict)]
     arguments = dataclasses.make_dataclass("Arguments", fields, bases=(Experiment,), frozen=True, kw_only=True)
     stages = {name: _as_flags(stage) for name, stage in experiment.stages.items()}
     parsed = tyro.cli(
         arguments,
         args=list(flags),
-        default=arguments(workdir=workdir, **{**_shallow(experiment), "stages": stages}),
+        default=arguments(workdir=workdir, hosts=Hosts(), **{**_shallow(experiment), "stages": stages}),
         prog=prog,
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
     rebuilt = {name: type(experiment.stages[name])(**_shallow(stage)) for name, stage in parsed.stages.items()}
-    return parsed.workdir, Experiment(
-        **{**{name: vars(parsed)[name] for name in _shallow(experiment)}, "stages": rebuilt}
+    return (
+        parsed.workdir,
+        parsed.hosts,
+        Experiment(**{**{name: vars(parsed)[name] for name in _shallow(experiment)}, "stages": rebuilt}),
     )
 
 

@@ -1,5 +1,10 @@
 """Errors that a user can mend: one line each, and the exit code that the command line answers with."""
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk, a quota or a limit of a file's size is full."""
+
 
 class UserError(Exception):
     """A wrong field, file or row; the message names it and says what would be right."""

@@ -27,6 +27,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
     os.chmod(file.name, 0o666 & ~_umask())
     os.replace(file.name, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until what was renamed in a folder would survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -46,6 +56,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -7,6 +7,7 @@ A number that is not finite is left out, since JSON has no word for it: to a rea
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 import uuid
@@ -18,11 +19,14 @@ from typing import Any, Self, SupportsFloat, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 
+_EVENT: Any = vars(event_pb2)["Event"]  # made at run time: type checkers do not see it
 RESERVED = ("stage", "step", "seconds")
 
 
@@ -53,7 +57,13 @@ def _keep_before(path: Path, stage: str, resume_step: int) -> float:
     """Rewrite metrics.jsonl without this stage's lines from `resume_step` on; returns the last kept line's seconds."""
     if not path.exists():
         return 0.0
-    rows = read_jsonl(path)
+    try:
+        rows = read_jsonl(path)
+    except UserError as error:
+        raise UserError(f"{error}; without that line the run goes on") from None
+    for number, row in enumerate(rows, start=1):
+        if not row.keys() >= set(RESERVED):
+            raise UserError(f"{path}, row {number}: has no {', '.join(set(RESERVED) - row.keys())}")
     kept = [row for row in rows if row["stage"] != stage or row["step"] < resume_step]
     write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     return max((row["seconds"] for row in kept if row["stage"] == stage), default=0.0)
@@ -88,12 +98,13 @@ class MetricsWriter:
         self._offset = kept_seconds if seconds is None else seconds
         self._clock, self._start = clock, clock()
         self._file = path.open("a", encoding="utf-8")
-        # The suffix keeps two sessions that begin within one second in two files, in order.
-        self._tensorboard = SummaryWriter(
-            str(self.workdir / "tensorboard" / stage),
-            purge_step=resume_step,
-            filename_suffix=f".{resume_step:09d}",
-        )
+        folder = self.workdir / "tensorboard" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and its queue then waits for ever. The
+        # suffix keeps two sessions that begin within one second in two files, in order.
+        self._tensorboard = EventsWriter(str(folder / "events"), f".{resume_step:09d}")
+        # Of what an earlier session wrote readers drop what is from this step on.
+        self._tensorboard.write_event(_EVENT(step=resume_step, session_log={"status": "START"}))
         self._wandb = _wandb_run(self.workdir, stage) if wandb else None
 
     @property
@@ -109,15 +120,19 @@ class MetricsWriter:
         taken = [name for name in metrics if name in RESERVED]
         if taken:
             raise ValueError(f"a metric cannot be called {taken[0]!r}: {RESERVED} belong to the line itself")
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
         line = {"stage": self.stage, "step": int(step), "seconds": round(self.seconds, 3), **finite}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, int(step))
+        values = [{"tag": name, "simple_value": value} for name, value in finite.items()]
+        self._tensorboard.write_event(_EVENT(step=int(step), wall_time=time.time(), summary={"value": values}))
+        self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
+
+    def sync(self) -> None:
+        """Wait until the lines so far are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close every writer."""
@@ -198,7 +213,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.step = stage, total, start
-        self._console = Console(file=sys.stderr if stream is None else stream)
+        self._console = Console(file=sys.stderr if stream is None else stream, quiet=not hosts.is_writer())
         self._interval, self._clock, self._began = interval, clock, clock()
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}

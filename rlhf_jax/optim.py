@@ -7,6 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from rlhf_jax.guard import guarded
 from rlhf_jax.models.spec import DType
 from rlhf_jax.numerics import require
 
@@ -53,11 +54,22 @@ class Optimizer:
     one of its two neighbours, since to the nearest one small updates would be lost. Norms, biases, routers and score
     heads stay in float32, and so do the optimiser's moments."""
 
+    bad_steps: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite stops the run, or its update is left out and counted (`skipped`)."""
+    spike_sigmas: float | None = None
+    """A step is bad, too, whose loss or gradient norm is so many standard deviations above the mean of recent steps;
+    none: it is not."""
+    spike_window: int = 128
+    """How many steps are recent; until there are half as many nothing is a spike."""
+    most_skipped: int = 10
+    """Updates left out in a row; one more stops the run."""
+
     def __post_init__(self) -> None:
         for name, interval in (
             ("warmup_steps", "[0, inf)"), ("final_share", "[0, 1]"), ("b1", "[0, 1)"), ("b2", "[0, 1)"),
             ("eps", "(0, inf)"), ("weight_decay", "[0, inf)"), ("clip_norm", "(0, inf)"), ("adam_share", "(0, inf)"),
-            ("learning_rate", "(0, inf)"),
+            ("learning_rate", "(0, inf)"), ("spike_sigmas", "(0, inf)"), ("spike_window", "[4, inf)"),
+            ("most_skipped", "[1, inf)"),
         ):  # fmt: skip
             require(f"optimizer.{name}", vars(self)[name], interval)
 
@@ -91,9 +103,12 @@ class Optimizer:
                 )
             else:
                 core = optax.adamw(learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay)
-            return optax.chain(
-                optax.clip_by_global_norm(self.clip_norm), core, optax.scale_by_schedule(self.share(total_steps))
-            )
+            clip, share = optax.clip_by_global_norm(self.clip_norm), optax.scale_by_schedule(self.share(total_steps))
+            if self.bad_steps == "stop" and self.spike_sigmas is None:  # a loop sees by itself what is not finite
+                return optax.chain(clip, core, share)
+            most = self.most_skipped if self.bad_steps == "skip" else 0
+            core = guarded(optax.chain(clip, core), sigmas=self.spike_sigmas, window=self.spike_window, most=most)
+            return optax.chain(core, share)  # the schedule counts every step
 
         return optax.inject_hyperparams(build)(learning_rate=self.learning_rate)
 

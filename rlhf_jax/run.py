@@ -10,20 +10,27 @@ import os
 import platform
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
-from rlhf_jax import __version__, models, report, sharding
+from rlhf_jax import __version__, checkpoint, digests, hosts, models, report, sharding
 from rlhf_jax.algorithms import ppo, preference, pretrain, reward_model, sft
-from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.context import Context, check_field
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
+from rlhf_jax.checkpoint import KEPT
 from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.files import write_whole
@@ -41,40 +48,40 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
 """What trains each kind of stage."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
-_SESSIONS = "sessions.json"
+_SESSIONS, _LOCK = "sessions.json", ".lock"
+_PATIENCE = 60  # seconds until a host sees what another has written
 
 
 def run(experiment: Experiment, workdir: Path, command: list[str], *, began: float | None = None) -> dict[str, Any]:
-    """Run every stage that is not finished yet; returns what summary.json holds.
+    """Run every stage that is not finished yet, or whose files are damaged; returns what summary.json holds.
 
     The summary's seconds count from `began`, a reading of time.monotonic(), or from this call.
 
-    Raises UserError before anything is written where the experiment cannot run or the workdir belongs to another one.
+    Every process of the run calls it, and process 0 writes. Raises UserError before anything is written where the
+    experiment cannot run, is another one in another process, or the workdir belongs to another one.
     """
     began = time.monotonic() if began is None else began
     _check(experiment, workdir)
     config = to_dict(experiment)
-    _check_workdir(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
-    with _locked(workdir):
-        if _is_complete(workdir, experiment):
+    _check_agreement({**config, "versions": _versions()})
+    with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), _terminable():
+        _check_shared(workdir)
+        if hosts.from_writer(lambda: _is_complete(workdir, experiment)) and all(
+            [_is_finished(workdir / name) for name in experiment.stages]
+        ):
             say(f"{workdir} is complete: its figures are in summary.json and report.html")
         else:
-            if not (workdir / "config.json").exists():
+            if hosts.is_writer() and not (workdir / "config.json").exists():
                 _write_json(workdir / "config.json", {"experiment": config, **_provenance(command)})
             _train(experiment, workdir, began)
-        if not (workdir / "report.html").exists():
-            report.write(workdir)
-        return _read_json(workdir / "summary.json")
+        return hosts.from_writer(lambda: _summary(workdir))
 
 
 def start_backend(mesh: MeshConfig) -> int:
     """Set what JAX reads when it starts, unless the user has set it; returns the number of devices.
 
-    Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU.
+    Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU, each
+    process its part of them.
     """
     settings: Any = jax.config  # its attributes are made at run time
     if settings.jax_compilation_cache_dir is None:
@@ -84,7 +91,7 @@ def start_backend(mesh: MeshConfig) -> int:
     flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if mesh.fixed_devices > 1 and not flagged and settings.jax_num_cpu_devices < 1:
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
-            jax.config.update("jax_num_cpu_devices", mesh.fixed_devices)
+            jax.config.update("jax_num_cpu_devices", max(1, mesh.fixed_devices // hosts.count()))
     return jax.device_count()
 
 
@@ -94,15 +101,19 @@ def params_digest(params: Params) -> str:
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     digest = hashlib.sha256()
     for name in sorted(named):
-        array = np.asarray(named[name])
+        array = named[name]
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.tobytes())
+        # A layer at a time, where other processes hold parts: the whole of it may be more than a device's memory.
+        is_here = not isinstance(array, jax.Array) or array.is_fully_addressable or not array.ndim
+        for part in (array,) if is_here else array:
+            digest.update(hosts.fetch(part).tobytes())
     return digest.hexdigest()
 
 
 def say(text: str) -> None:
     """A line for the user, on stderr: stdout is for what was asked for."""
-    print(text, file=sys.stderr, flush=True)
+    if hosts.is_writer():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _check(experiment: Experiment, workdir: Path) -> None:
@@ -115,24 +126,46 @@ def _check(experiment: Experiment, workdir: Path) -> None:
             raise UserError(f"stages.{name}: {type(stage).__name__} is no stage's Config; there are {known}")
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
-    sharding.shardings(sharding.make_mesh(experiment.mesh), boxed)
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.shardings(mesh, boxed)
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, OnPolicyConfig):
+            _check_sub_meshes(name, stage, mesh, boxed)
     trained = jax.tree.leaves(lora.own(experiment.model.spec, boxed))
     _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in trained), experiment)
 
 
+def _check_sub_meshes(name: str, stage: OnPolicyConfig, mesh: Mesh, boxed: Params) -> None:
+    """Raise UserError where a stage's roles cannot lie as its placement says."""
+    try:
+        for field, sub_mesh in stage.placement.meshes(mesh)._asdict().items():
+            if sub_mesh is not mesh:  # which has been checked
+                check_field(field, partial(sharding.shardings, sub_mesh, boxed))
+    except UserError as error:
+        raise UserError(f"stages.{name}.placement.{error}") from None
+
+
 def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:
-    """Raise UserError unless the disk has room for each stage's parameters and for a checkpoint, moments included."""
+    """Raise UserError unless the disk has room for each stage's parameters and for checkpoints, moments included."""
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    needed, free = params_bytes * (len(experiment.stages) + 3), shutil.disk_usage(folder).free
-    if free < needed and not _is_complete(workdir, experiment):
+    needed, free = params_bytes * (len(experiment.stages) + 3 * KEPT), shutil.disk_usage(folder).free
+    if free < needed and not (workdir / "summary.json").exists():
         raise UserError(
             f"--workdir {workdir}: no disk space: the run needs at least {needed / 1e6:.0f} MB, "
             f"{free / 1e6:.0f} MB are free"
         )
 
 
+def _check_agreement(here: dict[str, Any]) -> None:
+    """Raise UserError in a process whose experiment or packages are not those of process 0."""
+    changed = differences(hosts.from_writer(lambda: here), here)
+    if changed:
+        raise UserError(f"not the run of process 0: {'; '.join(changed)}; start all with one config, from one install")
+    hosts.wait()  # nothing is written before all agree
+
+
 def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Raise UserError unless the folder is this experiment's, or new."""
+    """Raise UserError unless the folder is this experiment's, on whatever mesh, or new."""
     path = workdir / "config.json"
     if not path.exists():
         if workdir.is_dir() and any(not inside.name.startswith(".") for inside in workdir.iterdir()):
@@ -143,16 +176,19 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     there = _read_json(path).get("experiment")
     if not isinstance(there, dict):
         raise UserError(f"{path} is damaged: it has no 'experiment'; choose another --workdir")
-    changed = differences(there, config)
+    found = differences(there, config)
+    moved = [line for line in found if line.startswith("mesh.")]
+    changed = [line for line in found if line not in moved]
     if changed:
         raise UserError(
             f"{workdir} was made by another config: {'; '.join(changed)}. Choose another --workdir, or those values"
         )
+    if moved:  # what is saved can be read onto any
+        say(f"{workdir} was begun on another mesh: {'; '.join(moved)}")
 
 
 def _is_complete(workdir: Path, experiment: Experiment) -> bool:
-    path = workdir / "summary.json"
-    return path.exists() and set(experiment.stages) <= set(_read_json(path))
+    return set(experiment.stages) <= set(_whole_json(workdir / "summary.json") or ())
 
 
 def _train(experiment: Experiment, workdir: Path, began: float) -> None:
@@ -168,24 +204,34 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
         )
         for name, stage in experiment.stages.items():
             _run_stage(name, stage, context)
-        summary: dict[str, Any] = {name: _read_json(_done(context, name)) for name in experiment.stages}
+        files = {name: workdir / name / "summary.json" for name in experiment.stages}
+        summary = hosts.from_writer(lambda: {name: _read_json(path) for name, path in files.items()})
         digests = {}
         for name, stage in experiment.stages.items():
             load = context.head_params if stage.produces == "reward" else context.policy_params
             digests[name] = params_digest(load(name))
-    _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
-    say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+    if hosts.is_writer():
+        _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
+        say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+
+
+def _summary(workdir: Path) -> dict[str, Any]:
+    """What summary.json holds; the report is drawn where it is missing."""
+    if not (workdir / "report.html").exists():
+        report.write(workdir)
+    return _read_json(workdir / "summary.json")
 
 
 def _run_stage(name: str, stage: Any, context: Context) -> None:
-    if _done(context, name).exists():
+    if _is_finished(context.stage_dir(name)):
         say(f"{name}: finished before")
         return
     summary = STAGES[type(stage)](stage, context, name)
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise NonFiniteError(f"{name}: {key} is {value} at the end; its checkpoints are kept")
-    _write_json(_done(context, name), summary)
+    if hosts.is_writer():
+        _write_json(context.stage_dir(name) / "summary.json", summary)
     say(f"{name}: " + "  ".join(f"{key} {_figure(value)}" for key, value in summary.items()))
 
 
@@ -193,32 +239,99 @@ def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _done(context: Context, name: str) -> Path:
-    """A stage's own summary, which says that it is finished."""
-    return context.stage_dir(name) / "summary.json"
+def _is_finished(stage_dir: Path) -> bool:
+    """Whether a stage has its summary, and its parameters as they were written; what is damaged is set aside.
+
+    Such a stage runs again: from its last checkpoint, which has all its steps, where that is good.
+    """
+    if hosts.from_writer(lambda: _whole_json(stage_dir / "summary.json")) is None:
+        return False
+    wrong = checkpoint.damage(stage_dir / "params")
+    if wrong is not None:
+        hosts.from_writer(lambda: _set_aside(stage_dir / "params", wrong))
+    return wrong is None
+
+
+def _whole_json(path: Path) -> dict[str, Any] | None:
+    """What a file that can be made again holds; None where there is none, or where it is damaged and set aside."""
+    try:
+        return _read_json(path) if path.exists() else None
+    except UserError as error:
+        _set_aside(path, str(error))
+        return None
+
+
+def _set_aside(path: Path, wrong: str) -> None:
+    if path.exists():
+        say(f"{path}, now {digests.set_aside(path).name}: {wrong}; it is made again")
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """One run a workdir; the system lets go of the lock when a process dies."""
-    with (workdir / ".lock").open("w") as file:
+def _locked(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """The workdir, made where it is missing and held against other runs; the system lets go when a process dies.
+
+    Between hosts it holds where their file system has flock (NFS 4, Lustre with -o flock, GPFS).
+    """
+    _check_workdir(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
+    with (workdir / _LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run works in {workdir}; wait for it, or choose another --workdir") from None
+            holder = (workdir / _LOCK).read_text().strip()
+            raise UserError(
+                f"another run works in {workdir} ({holder}); wait for it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            say(f"{workdir} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T')}\n")
+        file.flush()
         yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raise UserError in a process that does not see process 0's folder."""
+    there = hosts.from_writer((workdir / _LOCK).read_text)
+    for _ in range(_PATIENCE):
+        with contextlib.suppress(OSError):
+            if (workdir / _LOCK).read_text() == there:
+                return
+        time.sleep(1)
+    raise UserError(f"--workdir {workdir} is not the folder of process 0: all hosts must share it by a file system")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end what holds nothing that is not saved, as Ctrl-C does; a stage's `Loop` hears both by itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def _session(workdir: Path, began: float) -> Iterator[None]:
     """Add this session's seconds, and its memory if it is the largest, to those before it; however it ends."""
     path = workdir / _SESSIONS
-    before = _read_json(path) if path.exists() else {"seconds": 0.0, "peak_memory_bytes": 0}
+    before = {"seconds": 0.0, "peak_memory_bytes": 0} | (hosts.from_writer(lambda: _whole_json(path)) or {})
     try:
         yield
     finally:
         seconds = round(before["seconds"] + time.monotonic() - began, 1)
-        if workdir.is_dir():  # not, where somebody removed it under the run
+        if hosts.is_writer() and workdir.is_dir():  # not, where somebody removed it under the run
             peak = max(_peak_memory(), before["peak_memory_bytes"])
             _write_json(path, {"seconds": seconds, "peak_memory_bytes": peak})
 
@@ -234,9 +347,12 @@ def _peak_memory() -> int:
 
 
 def _provenance(command: list[str]) -> dict[str, Any]:
+    return {"versions": _versions(), "commit": _commit(), "command": command}
+
+
+def _versions() -> dict[str, str]:
     versions = {"rlhf_jax": __version__, "python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"versions": versions, "commit": _commit(), "command": command}
+    return versions | {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def _commit() -> str | None:

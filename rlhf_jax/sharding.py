@@ -1,127 +1,178 @@
-"""The device mesh and the rules, which mesh axes carry which logical axis; nothing else names PartitionSpec."""
+"""The rules, which mesh axes carry which logical axis, and what follows from them; nothing else names PartitionSpec."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax.linen import spmd
-from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.mesh import AXES as AXES
+from rlhf_jax.mesh import Decode, batch_shards, check_rows, choices, divisors, one_of
+from rlhf_jax.mesh import MeshConfig as MeshConfig
+from rlhf_jax.mesh import make_mesh as make_mesh
+from rlhf_jax.mesh import row_multiple as row_multiple
+from rlhf_jax.mesh import single_device_mesh as single_device_mesh
+from rlhf_jax.mesh import slice_index as slice_index
 from rlhf_jax.types import Batch
 
-# Parameters are split along "embed" by FSDP and along heads, hidden units and vocabulary by tensor parallelism.
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
-    ("expert", "expert"),
-    ("layers", None),
-)
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "pipeline"),  # of a batch that has passed through the stages
+    "lookup": ("data",),  # of a batch where parameters are split along "embed"
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+    "layers": ("pipeline",),
+}
+"""Which mesh axes split which logical axis of parameters and activations."""
+
+_DECODING: Rules = {
+    **RULES,
+    **dict.fromkeys(("batch", "rows", "lookup"), ("data", "fsdp", "pipeline", "sequence")),
+    **dict.fromkeys(("length", "layers"), ()),
+}
+DECODE_RULES: Mapping[Decode, Rules] = {
+    "gathered": {**_DECODING, "embed": ()},
+    "split": {
+        **_DECODING,
+        "embed": ("fsdp", "pipeline", "sequence"),
+        **dict.fromkeys(("lookup", "product_rows"), ("data",)),
+    },
+}
+"""The same while a policy samples: a token at a time has no length to split, and stages would wait for one another."""
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """Axes of the device mesh; the product of their sizes is the number of devices."""
+class _Scope:
+    """What is known where a program is traced."""
 
-    data: int = -1
-    """Data parallelism: copies of the parameters; -1 fills with the devices that the other axes leave."""
-    fsdp: int = 1
-    """Fully sharded data parallelism: the batch and the parameters are split."""
-    tensor: int = 1
-    """Tensor parallelism: heads, hidden units and vocabulary are split."""
-    expert: int = 1
-    """Expert parallelism: the experts of a mixture are split."""
+    mesh: Mesh
+    rules: Rules
 
-    def __post_init__(self) -> None:
-        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, size in sizes.items():
-            if size < 1 and size != -1:
-                raise ValueError(f"mesh.{name} must be at least 1, or -1 to fill, got {size}")
-        if sum(size == -1 for size in sizes.values()) > 1:
-            raise ValueError("mesh: only one axis may be -1")
+    def spec(self, shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
+        """The mesh axes that split each axis: as many of the rule's as divide it."""
+        return PartitionSpec(*(self._carriers(axis, size) for axis, size in zip(axes, shape, strict=True)))
 
-    @property
-    def fixed_devices(self) -> int:
-        """Devices asked for by the axes that are not -1."""
-        return math.prod(size for size in self._sizes() if size != -1)
-
-    def resolve(self, devices: int) -> dict[str, int]:
-        """Size of each axis on so many devices."""
-        sizes = self._sizes()
-        if -1 not in sizes and self.fixed_devices != devices:
-            raise UserError(f"mesh asks for {self.fixed_devices} devices, {devices} found; set one axis to -1 to fill")
-        if devices % self.fixed_devices:
-            raise UserError(f"mesh asks for a multiple of {self.fixed_devices} devices, {devices} found")
-        fill = devices // self.fixed_devices
-        return {field.name: fill if size == -1 else size for field, size in zip(fields(self), sizes, strict=True)}
-
-    def _sizes(self) -> tuple[int, ...]:
-        return self.data, self.fsdp, self.tensor, self.expert
+    def _carriers(self, axis: str | None, size: int) -> tuple[str, ...] | None:
+        kept, parts = [], 1
+        for name in () if axis is None else self.rules[axis]:
+            if self.mesh.shape[name] > 1 and size % (parts * self.mesh.shape[name]) == 0:
+                kept.append(name)
+                parts *= self.mesh.shape[name]
+        return tuple(kept) or None
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over these devices, or all there are; its axes are Auto, as flax.linen wants them.
+_SCOPE: ContextVar[_Scope | None] = ContextVar("scope", default=None)
 
-    Slices of TPUs lie along the data axis, so that parameters never cross the network between them; a mesh axis
-    may take a part of an axis of the torus. Raises UserError where slices or torus do not divide so.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = config.resolve(len(devices))
-    types, slices = (AxisType.Auto,) * len(sizes), len({slice_index(device) for device in devices})
-    if sizes["data"] % slices:
-        raise UserError(f"mesh.data={sizes['data']} must be a multiple of the {slices} slices, which it spans")
-    within = (sizes["data"] // slices, *list(sizes.values())[1:])
-    across = (slices,) + (1,) * (len(sizes) - 1)
+
+@contextlib.contextmanager
+def _entered(scope: _Scope) -> Iterator[None]:
+    token = _SCOPE.set(scope)
     try:
-        if slices == 1:
-            grid = create_device_mesh(within, devices, allow_split_physical_axes=True)
-        else:
-            grid = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    except NotImplementedError:
-        raise UserError(f"mesh {sizes} does not lie on the torus of these {len(devices)} devices") from None
-    return Mesh(grid, tuple(sizes), axis_types=types)
-
-
-def slice_index(device: Any) -> int:
-    """Which slice of TPUs a device belongs to; 0 where there is one."""
-    try:
-        return device.slice_index
-    except AttributeError:  # libtpu numbers slices where there are several alone
-        return 0
-
-
-def single_device_mesh() -> Mesh:
-    """A mesh of the first device alone."""
-    sizes = {field.name: 1 for field in fields(MeshConfig)}
-    device = jax.devices()[:1]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=device)
-
-
-def batch_shards(sizes: dict[str, int]) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return sizes["data"] * sizes["fsdp"]
+        yield
+    finally:
+        _SCOPE.reset(token)
 
 
 @contextlib.contextmanager
 def scope(mesh: Mesh) -> Iterator[None]:
     """Where programs are traced: `constrain` finds the mesh and the rules here."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())), _entered(_Scope(mesh, RULES)):
         yield
 
 
+@contextlib.contextmanager
+def decoding(*, prompts: bool = False) -> Iterator[None]:
+    """Inside `scope`: where a token a row is read, or, before them, `prompts` at once; by the mesh's `decode` rules.
+
+    Whole prompts are many tokens: weights that are split are gathered for these, as in training.
+    """
+    outside = _SCOPE.get()
+    if outside is None:
+        yield
+        return
+    rules = DECODE_RULES[choices(outside.mesh).decode]
+    if prompts:
+        rules = {name: axes for name, axes in rules.items() if name != "product_rows"}
+    with _entered(replace(outside, rules=rules)):
+        yield
+
+
+def decoding_layout(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    """Where `constrain` puts an array inside `decoding`."""
+    return NamedSharding(mesh, _Scope(mesh, DECODE_RULES[choices(mesh).decode]).spec(shape, axes))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Hold an activation to the table's layout; outside `scope` it does nothing."""
-    return spmd.with_logical_constraint(x, axes)
+    """Hold an array to the table's layout; outside `scope` it does nothing.
+
+    A mesh axis that does not divide the array's does not split it.
+    """
+    here = _SCOPE.get()
+    if here is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, here.spec(x.shape, axes))
+
+
+def to_weights(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay what goes into a product with weights, or comes out, as their `axes` lie, where the rules leave these so."""
+    here = _SCOPE.get()
+    if here is None or "product_rows" not in here.rules:
+        return x
+    return constrain(x, "product_rows", *(None,) * (x.ndim - 1 - len(axes)), *axes)
+
+
+def moves(axes: Sequence[str | None]) -> bool:
+    """Whether the rules here lay an array of these axes out otherwise than training does."""
+    here = _SCOPE.get()
+    if here is None:
+        return False
+    wide = {name for name, size in here.mesh.shape.items() if size > 1}
+    return any(wide & set(here.rules[axis]) != wide & set(RULES[axis]) for axis in axes if axis is not None)
+
+
+def splits(axis: str) -> int:
+    """Into how many parts the rules split a logical axis here; 1 outside `scope`."""
+    here = _SCOPE.get()
+    return 1 if here is None else math.prod(here.mesh.shape[name] for name in here.rules[axis])
+
+
+def passing(rows: int) -> tuple[int, int]:
+    """(batch shards, microbatches) of so many rows that pass through the stages.
+
+    Raises UserError where they do not divide so.
+    """
+    here = _SCOPE.get()
+    assert here is not None
+    shards, stages = batch_shards(here.mesh.shape), here.mesh.shape["pipeline"]
+    chosen = choices(here.mesh).pipeline_microbatches
+    check_rows(rows, here.mesh.shape, chosen)
+    return shards, chosen or max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
+
+
+def over_stages(f: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+    """`f` run by each stage of the pipeline on its part; the other mesh axes are the compiler's as they were.
+
+    Of arguments that are `split` a stage has its run of the leading axis, of others the whole; all that comes out is
+    put together along the leading axis.
+    """
+    specs = tuple(PartitionSpec("pipeline") if one else PartitionSpec() for one in split)
+    return jax.shard_map(f, in_specs=specs, out_specs=PartitionSpec("pipeline"), axis_names={"pipeline"})
 
 
 def unbox(tree: Any) -> Any:
@@ -140,16 +191,16 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
         value = leaf.unbox(apply_constraint=False) if boxed else leaf  # it may be a shape alone
         if not jax.tree.leaves(value):  # optax masks a parameter by an empty node inside its box
             return value
-        spec = spmd.logical_to_mesh_axes(leaf.names if boxed else (), RULES) or PartitionSpec()
-        sharding = NamedSharding(mesh, spec)
-        try:
-            sharding.shard_shape(value.shape)
-        except ValueError:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(
-                f"mesh {dict(mesh.shape)}: {name} of shape {value.shape} does not divide by {spec}"
-            ) from None
-        return sharding
+        names = leaf.names if boxed else ()
+        for axis, size in zip(names, value.shape, strict=False):
+            if axis is not None and size % parts(mesh, axis):
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                asked = " × ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
+                raise UserError(
+                    f"{asked} does not divide {size}, the axis {axis!r} of {where} {value.shape}; "
+                    f"{one_of(divisors(size))} would"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(RULES[axis] if axis else None for axis in names)))
 
     return jax.tree_util.tree_map_with_path(
         place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
@@ -162,10 +213,8 @@ def in_shards(layout: Any, tree: Any) -> Any:
 
 
 def parts(mesh: Mesh, axis: str | None) -> int:
-    """Into how many parts the mesh splits a logical axis."""
-    carriers = dict(RULES)[axis] if axis is not None else None
-    names = (carriers,) if isinstance(carriers, str) else carriers or ()
-    return math.prod(mesh.shape[name] for name in names)
+    """Into how many parts the mesh splits a logical axis of parameters."""
+    return 1 if axis is None else math.prod(mesh.shape[name] for name in RULES[axis])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -175,7 +224,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over the batch axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 @dataclass(frozen=True)
@@ -214,4 +263,34 @@ def local_batch(mesh: Mesh, batch: Batch) -> Batch:
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Put a host batch, which every process has whole, on the devices, its rows split over them."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)
+    return jax.tree.map(lambda x: put(np.asarray(x), sharding), batch)
+
+
+def put(tree: Any, layout: Any) -> Any:
+    """Put arrays, of which every process has the whole, into shards: a sharding for all, or a tree of them."""
+
+    def one(leaf: Any, place: jax.sharding.Sharding) -> jax.Array:
+        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if whole and not place.is_fully_addressable:  # device_put would send it to all processes, to compare
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+        return jax.device_put(leaf, place)
+
+    if isinstance(layout, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: one(leaf, layout), tree)
+    return jax.tree.map(one, tree, layout)
+
+
+def largest_of_processes(value: int) -> jax.Array:
+    """The largest of the processes' numbers, on its way: every process calls this in the same order."""
+    own = np.full(jax.local_device_count(), value, np.int32)
+    return _largest(jax.make_array_from_process_local_data(_one_a_device(), own))
+
+
+@functools.cache
+def _one_a_device() -> NamedSharding:
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("devices"))
+
+
+_largest = jax.jit(jnp.max)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax import sharding
+from rlhf_jax import guard, sharding
 from rlhf_jax.models import lora
 from rlhf_jax.models.spec import DType
 from rlhf_jax.numerics import as_float, stochastic_round
@@ -28,11 +28,13 @@ def make_train_step(
     """Build (state, batch, base={}) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict.
 
     The batch's rows are split into `num_microbatches`; totals and counts add up before the one division, so the result
-    does not depend on the split. Metrics hold the loss, the loss's own metrics, and `grad_norm` before clipping.
+    does not depend on the split. Metrics hold the loss, the loss's own metrics, `grad_norm` before clipping, and what
+    an optimiser that leaves updates out counts (guard.counters).
     Gradients add up and updates are computed in float32; a parameter that is kept in bfloat16 is then rounded at
     random, by a key of the state's.
     `base` are frozen parameters: the loss reads `lora.merge(base, state.params)`, and the latter alone are trained.
     """
+    guarding = optax.with_extra_args_support(optimizer)
 
     def total(params: Params, base: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[jax.Array, Any]:
         loss, metrics = loss_fn(lora.merge(base, params), batch, hyper, key)
@@ -64,11 +66,11 @@ def make_train_step(
         grads = jax.tree.map(lambda g: Mean(g, loss.count).value, grads)
         opt_state = with_learning_rate(state.opt_state, state.hyper)
         wide = jax.tree.map(as_float, state.params)
-        updates, opt_state = optimizer.update(grads, opt_state, wide)
+        updates, opt_state = guarding.update(grads, opt_state, wide, loss=loss.value)
         key = jax.random.fold_in(state.step_key(), _ROUNDING)
         params = _rounded(optax.apply_updates(wide, updates), state.params, key)
         metrics = {"loss": loss.value, **{name: mean.value for name, mean in means.items()}}
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics |= {"grad_norm": optax.tree.norm(grads), **guard.counters(opt_state)}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -79,6 +79,9 @@ class Rollout(flax.struct.PyTreeNode):
     prompt_mask: Bool[Array, "b t"]
     completion_mask: Bool[Array, "b t"]
     logps: Float[Array, "b t"] = flax.struct.field(default=None)  # of the behaviour policy
+    old_logps: Float[Array, "b t"] = flax.struct.field(
+        default=None
+    )  # of the policy that an update starts from, if other
     ref_logps: Float[Array, "b t"] = flax.struct.field(default=None)
     values: Float[Array, "b t"] = flax.struct.field(default=None)
     scores: Float[Array, " b"] = flax.struct.field(default=None)  # raw, one a sequence
@@ -86,6 +89,9 @@ class Rollout(flax.struct.PyTreeNode):
     advantages: Float[Array, "b t"] = flax.struct.field(default=None)
     returns: Float[Array, "b t"] = flax.struct.field(default=None)
     group_ids: Int[Array, " b"] = flax.struct.field(default=None)
+    written_at: Int[Array, " b"] = flax.struct.field(
+        default=None
+    )  # optimiser steps that the behaviour policy had taken
 
     @property
     def mask(self) -> Bool[Array, "b t"]:

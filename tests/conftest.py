@@ -26,6 +26,13 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a module's shapes serve no other one, and are gigabytes by the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_float32_cpu_devices():
     """A plugin that started JAX earlier would make the two settings above void without a word."""

@@ -143,6 +143,7 @@ class TestRun:
             (NonFiniteError("ppo: score is nan at step 3"), 3, "error: ppo: score is nan at step 3\n"),
             (Stopped("sft: stopped after step 3", 15), 143, "error: sft: stopped after step 3\n"),
             (KeyboardInterrupt(), 130, "error: stopped; the same command goes on\n"),
+            (KeyboardInterrupt(15), 143, "error: stopped; the same command goes on\n"),
             (OSError(28, "No space left on device", "a"), 2, "error: no space left on the disk for a; free some"),
         ],
     )

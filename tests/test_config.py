@@ -7,6 +7,7 @@ import pytest
 from rlhf_jax import config, inference, run
 from rlhf_jax.config import Experiment
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import Hosts
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.sharding import MeshConfig
@@ -97,8 +98,16 @@ class TestFlags:
 
     def test_workdir_is_a_flag_of_a_run(self):
         given = {"workdir": Path("runs/toy"), "prog": "x", "description": ""}
-        assert config.parse_run(experiment(), [], **given) == (Path("runs/toy"), experiment())
+        assert config.parse_run(experiment(), [], **given) == (Path("runs/toy"), Hosts(), experiment())
         assert config.parse_run(experiment(), ["--workdir", "a/b"], **given)[0] == Path("a/b")
+
+    def test_the_place_among_processes_is_three_flags_of_a_run(self):
+        given = {"workdir": Path("runs/toy"), "prog": "x", "description": ""}
+        flags = ["--coordinator_address", "node1:8476", "--num_processes", "2", "--process_id", "1", "--seed", "3"]
+        _, place, made = config.parse_run(experiment(), flags, **given)
+        assert (place, made) == (Hosts("node1:8476", 2, 1), experiment(seed=3))
+        message = fail(lambda: config.parse_run(experiment(), flags[:4], **given))
+        assert message == "--process_id missing: a process has all three flags, or none in a cluster"
 
     @pytest.mark.parametrize(
         ("flag", "nearest"),
@@ -316,9 +325,9 @@ class TestJson:
     def test_unknown_class_or_field(self):
         plain = config.to_dict(experiment())
         assert fail(config.from_dict, plain, [ToyModel]).startswith("config.json: no class 'ToyStage' here")
-        plain["mesh"]["pipeline"] = 2
+        plain["mesh"]["pipelines"] = 2
         message = fail(config.from_dict, plain, [ToyModel, ToyStage])
-        assert message == "config.json: MeshConfig has no field 'pipeline'; another version wrote it"
+        assert message == "config.json: MeshConfig has no field 'pipelines'; another version wrote it"
 
     def test_differences(self):
         old = config.to_dict(experiment())

@@ -1,90 +1,129 @@
-"""Real processes, killed with SIGKILL in every stage: the same command goes on and ends where an unbroken run does."""
+"""Real processes, killed, and their files damaged, at any moment: the same command ends where an unbroken run does."""
 
-import json
+import contextlib
 import os
+import random
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from rlhf_jax.metrics import read_jsonl
-
-ROOT = Path(__file__).parents[1]
-CONFIG = '''"""A run of seconds: a tiny model from nothing."""
-
-from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.config import Experiment
-from rlhf_jax.data.reviews import MovieReviews
-from rlhf_jax.interop.pretrained import Scratch
-from rlhf_jax.kl import AdaptiveKL
-from rlhf_jax.models import ModelSpec
+from tests.faults import STEPS, Faulty, at_save, at_step
 
 
-def get_config():
-    spec = ModelSpec(vocab_size=512, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, max_len=64)
-    pairs = reward_model.SampledPairs(prompts=64, heldout_prompts=32, completion_tokens=16, batch_size=96)
-    return Experiment(
-        model=Scratch(spec),
-        data=MovieReviews(),
-        stages={
-            "sft": sft.Config(steps=60, row_length=49, batch_size=16, heldout_rows=32, checkpoint_every=7),
-            "reward_model": reward_model.Config(pairs=pairs, length=25, steps=60, batch_size=8, checkpoint_every=7),
-            "ppo": ppo.Config(steps=40, batch_size=16, completion_tokens=16, kl=AdaptiveKL(), checkpoint_every=3,
-                              evaluation_prompts=32, exact_kl_rows=8, epochs=2, minibatches=2),
-        },
-    )
-'''
-
-
-@pytest.fixture
-def command(tmp_path):
-    """The command for a workdir, and the environment that it runs in: one device, caches of the test's own."""
-    config = tmp_path / "tiny.py"
-    config.write_text(CONFIG)
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-    def make(workdir):
-        return [sys.executable, "-m", "rlhf_jax", "run", str(config), "--workdir", str(workdir)], env
-
-    return make
-
-
-def kill_in(stage, step, workdir, args, env):
-    """Start the command, and kill it as soon as the stage has written its `step`th line."""
-    process = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    path = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and any(line["stage"] == stage and line["step"] >= step for line in read_jsonl(path)):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    pytest.fail(f"{stage} never came to step {step}")
-
-
-def test_a_run_killed_in_every_stage_ends_where_an_unbroken_one_does(command, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(whole)[0], env=command(whole)[1], check=True, capture_output=True, timeout=300)
-    for stage, step in (("sft", 11), ("reward_model", 24), ("ppo", 5)):
-        kill_in(stage, step, broken, *command(broken))
-    done = subprocess.run(command(broken)[0], env=command(broken)[1], capture_output=True, text=True, timeout=300)
+def unbroken(faulty):
+    """The workdir of a run that nothing happens to."""
+    done = faulty.run(faulty.folder / "whole")
     assert done.returncode == 0, done.stderr
-    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, broken)]
-    for summary in summaries:
-        assert summary.pop("seconds") > 0 and summary.pop("peak_memory_bytes") > 1e8
-    assert summaries[0] == summaries[1]
-    assert set(summaries[0]["params_digest"]) == {"sft", "reward_model", "ppo"}
-    for stage, steps in (("sft", 60), ("reward_model", 60), ("ppo", 40)):
-        lines = [line for line in read_jsonl(broken / "metrics.jsonl") if line["stage"] == stage]
-        assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    rows = [(workdir / "ppo" / "samples.jsonl").read_text() for workdir in (whole, broken)]
-    assert rows[0] == rows[1]
-    again = subprocess.run(command(broken)[0], env=command(broken)[1], capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and "complete" in again.stderr
+    return faulty.folder / "whole"
+
+
+def newest(workdir, stage):
+    """The largest file of the stage's newest checkpoint."""
+    steps = [path for path in (workdir / stage / "checkpoints").iterdir() if path.name.isdigit()]
+    files = [path for path in max(steps, key=lambda path: int(path.name)).rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def disk(folder):
+    """A disk of its own for a folder, of 64 MB, where the system lets one be mounted."""
+    folder.mkdir()
+    is_mounted = (
+        os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]).returncode
+    )
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def filled(path, moment):
+    """At the moment the rest of the disk fills with a file; never says that the moment has come."""
+
+    def fill(seconds):
+        if not path.exists() and moment(seconds):
+            with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        return False
+
+    return fill
+
+
+def test_a_run_that_is_killed_filled_up_and_damaged_ends_where_an_unbroken_one_does(tmp_path):
+    """Killed while it saves, its newest checkpoint truncated; the disk full; one flipped, a finished stage damaged."""
+    faulty = Faulty(tmp_path, "sft", "reward_model")
+    whole = unbroken(faulty)
+    with disk(tmp_path / "disk") as is_small:
+        broken = tmp_path / "disk" / "broken"
+        assert faulty.end(broken, at_save(broken, "sft", 12))[0] == -signal.SIGKILL
+        truncate(newest(broken, "sft"))
+        moment = at_step(broken, "reward_model", 10)
+        filler = tmp_path / "disk" / "filler"
+        code, said, _ = faulty.end(broken, filled(filler, moment) if is_small else moment)
+        if is_small:
+            filler.unlink()
+            [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert code == 2 and ("no disk space" in line or "no space left" in line)
+            assert "Traceback" not in said
+        else:
+            assert code == -signal.SIGKILL
+        flip(newest(broken, "reward_model"))
+        flip(next(path for path in (broken / "sft" / "params").rglob("*") if path.parent.name == "d"))
+        flip(broken / "tokenizer.model")
+        done = faulty.run(broken)
+        assert done.returncode == 0, done.stderr
+        faulty.check_same(whole, broken)
+        aside = {path.relative_to(broken).parent.as_posix() for path in broken.rglob("*.damaged")}
+        assert aside == {".", "sft", "sft/checkpoints", "reward_model/checkpoints"}
+        told = [line for line in done.stderr.splitlines() if "damaged" in line]
+        named = ("tokenizer.model", "sft/params", "reward_model: the checkpoint of step")
+        assert len(told) == 3 and all(name in line for name, line in zip(named, told, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_two_dozen_kills_at_random_moments(tmp_path, seed):
+    """In each stage at steps and a part of a second after them, and at any second of start, compilation and reading."""
+    faulty = Faulty(tmp_path, *STEPS)
+    whole, draw, broken, codes = unbroken(faulty), random.Random(seed), tmp_path / "broken", []
+    for stage, steps in STEPS.items():
+        for step in sorted(draw.sample(range(1, steps), 6)):
+            moment = shortly_after(at_step(broken, stage, step), draw.uniform(0, 0.2))
+            codes.append(faulty.end(broken, moment)[0])
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            code, said, seconds = faulty.end(broken, shortly_after(lambda _: True, draw.uniform(0, 15)), number)
+            codes.append(code)
+            print(f"seed {seed}: {stage}: code {code}, {seconds:.1f} s after signal {number}")
+            assert code != 128 + number or said.splitlines()[-1].endswith("the same command goes on")
+    print(f"seed {seed}: {codes.count(-signal.SIGKILL)} kills")
+    assert codes.count(-signal.SIGKILL) >= 20
+    assert set(codes) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0}  # 0: it had come to its end
+    done = faulty.run(broken)
+    assert done.returncode == 0, done.stderr
+    faulty.check_same(whole, broken)
+    assert not list(broken.rglob("*.damaged*"))
+
+
+def shortly_after(moment, late):
+    """So many seconds after a moment."""
+    seen = []
+
+    def later(seconds):
+        if not seen and moment(seconds):
+            seen.append(seconds)
+        return bool(seen) and seconds >= seen[0] + late
+
+    return later

@@ -15,10 +15,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = (
-    ("types", "errors", "files", "cache", "numerics", "masking"),
+    ("types", "errors", "files", "digests", "cache", "numerics", "masking", "hosts"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
-    ("models", "interop", "sharding", "sampling", "rewards", "data"),
-    ("optim", "train_step", "checkpoint", "metrics"),
+    ("mesh", "models", "interop", "sharding", "transfer", "placement", "sampling", "rewards", "data"),
+    ("guard", "optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
     ("config", "run", "cli", "inference", "plan"),
 )

@@ -230,3 +230,11 @@ def test_rows_are_plain_json(tmp_path):
         writer.write(np.int32(7), {"loss": np.float32(1.5)})
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["step"] == 7 and row["loss"] == 1.5
+
+
+def test_a_row_that_is_no_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"stage": "sft", "step": 1, "seconds": 0}\n{"stage": "sft", "seconds": 1}\n'
+    )
+    with pytest.raises(UserError, match=r"metrics\.jsonl, row 2: has no step"):
+        MetricsWriter(tmp_path, "sft", resume_step=1)

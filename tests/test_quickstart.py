@@ -1,6 +1,5 @@
 """The quickstart's own stages on four virtual devices: the first steps are those of one device."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -21,7 +20,8 @@ SHORT = {
         "pairs.snippets=8",
         "pairs.batch_size=64",
     ],
-    "ppo": ["steps=3", "batch_size=32", "evaluation_prompts=32"],
+    # Of the whole vocabulary one draw in 2,000 stands within rounding of two tokens; of 32 hardly any does.
+    "ppo": ["steps=3", "batch_size=32", "evaluation_prompts=32", "sampling.top_k=32"],
 }
 TIMES = ("seconds", "tokens_per_second")
 
@@ -51,9 +51,6 @@ def test_four_devices_take_the_steps_of_one(tmp_path):
             shutil.rmtree(four / later)
         if stage == "reward_model":
             shutil.copytree(one / stage / "data", four / stage / "data")
-        made = json.loads((four / "config.json").read_text())
-        made["experiment"]["mesh"]["fsdp"] = 4
-        (four / "config.json").write_text(json.dumps(made))
         subprocess.run(command(config, four, "--mesh.fsdp", "4"), env=env, check=True, capture_output=True, timeout=600)
         pairs = list(zip(lines(one, stage), lines(four, stage), strict=True))
         assert len(pairs) == 3

@@ -1,8 +1,10 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -130,12 +132,48 @@ class TestAgain:
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert read(workdir / "config.json")["command"] == ["rlhf-jax", "run", "toy.py"]
 
+    def test_another_mesh_is_no_other_experiment(self, workdir, capsys):
+        go(workdir)
+        (workdir / "ppo" / "summary.json").unlink()
+        go(workdir, mesh=MeshConfig(fsdp=4))
+        assert "begun on another mesh: mesh.fsdp: 1 there, 4 here" in capsys.readouterr().err
+        assert trained(workdir) == ["sft", "ppo", "ppo"]
+
     def test_a_stage_killed_before_its_summary_runs_again(self, workdir):
         go(workdir)
         (workdir / "summary.json").unlink()
         (workdir / "ppo" / "summary.json").unlink()
         go(workdir)
         assert trained(workdir) == ["sft", "ppo", "ppo"]
+
+    @pytest.mark.parametrize(
+        ("damaged", "again"),
+        [("sft/params/_METADATA", ["sft"]), ("ppo/summary.json", ["ppo"]), ("summary.json", []), ("sessions.json", [])],
+    )
+    def test_what_is_damaged_is_set_aside_and_made_again(self, damaged, again, workdir, capsys):
+        whole = go(workdir)
+        path = workdir / damaged
+        path.write_bytes(path.read_bytes()[:-9])
+        if damaged == "sessions.json":
+            (workdir / "summary.json").unlink()
+        capsys.readouterr()
+        summary = go(workdir)
+        assert trained(workdir) == ["sft", "ppo", *again]
+        aside = workdir / damaged.replace("params/_METADATA", "params")
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
+        assert str(path) in line and f"{aside.name}.damaged" in line
+        assert aside.with_name(f"{aside.name}.damaged").exists()
+        same = ("sft", "ppo", "params_digest")
+        assert [summary[name] for name in same] == [whole[name] for name in same]
+        assert go(workdir) == summary and trained(workdir) == ["sft", "ppo", *again]
+
+    def test_sigterm_where_nothing_is_to_be_saved_ends_the_run_at_once(self, workdir, monkeypatch):
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setitem(run.STAGES, ToyStage, lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)])
+        with pytest.raises(KeyboardInterrupt) as caught:
+            go(workdir)
+        assert caught.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) is before
+        assert read(workdir / "sessions.json")["seconds"] < 30
 
     def test_keyboard_interrupt_between_stages_passes(self, workdir, monkeypatch):
         def interrupt(*_):
@@ -159,7 +197,7 @@ class TestRefuses:
             ({"mesh": MeshConfig(fsdp=3)}, "mesh asks for a multiple of 3 devices"),
             (
                 {"mesh": MeshConfig(tensor=8), "model": ToyModel()},
-                "does not divide by",  # 2 heads over 8 devices
+                "mesh.tensor=8 does not divide 2",  # 2 heads over 8 devices
             ),
         ],
     )

@@ -47,7 +47,7 @@ TRAPS = {
         "oracles/test_oracles.py::test_in_the_other_reading_ours_is_another_number",
     ),
     "all that changes is state: a killed run ends where an unbroken one does": (
-        "test_killed.py::test_a_run_killed_in_every_stage_ends_where_an_unbroken_one_does",
+        "test_killed.py::test_a_run_that_is_killed_filled_up_and_damaged_ends_where_an_unbroken_one_does",
         "algorithms/test_ppo.py::test_a_stopped_run_ends_where_an_unbroken_one_does",
     ),
     "what cannot be negative never is": (
@@ -57,7 +57,7 @@ TRAPS = {
     "nothing is traced again after the first step": (
         "test_train_step.py::test_a_step_is_traced_once",
         "algorithms/test_ppo.py::test_the_ratio_is_one_before_the_first_update",
-        "algorithms/test_supervised.py::test_microbatches_and_meshes_take_the_same_steps",
+        "algorithms/test_supervised.py::test_microbatches_on_a_mesh_take_the_same_steps",
     ),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens, own_source
 from rlhf_jax.data import formats, preferences
 from rlhf_jax.data.counts import Counts
@@ -102,10 +103,14 @@ def _source(pairs: Source | None, data: Data) -> Source:
 
 
 def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
-    """The sampled comparisons, which are made once and kept in `<stage>/data`."""
+    """The sampled comparisons, which are made once and kept in `<stage>/data`; made again where these are damaged."""
     folder = context.stage_dir(name) / "data"
-    if not preferences.exists(folder):
-        preferences.write(folder, _sample(pairs, context, name))
+    damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
+    if damaged is not None:
+        Progress(name, 0).note(f"{name}: {damaged}")
+    if not hosts.from_writer(lambda: preferences.exists(folder)):
+        splits = _sample(pairs, context, name)
+        hosts.from_writer(lambda: preferences.write(folder, splits))
     splits = preferences.read(folder)
     counts = Counts(len(splits["train"]), len(splits["heldout"]))
     return Comparisons(splits["train"], splits["heldout"], pairs.completions, counts)

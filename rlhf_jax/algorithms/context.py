@@ -131,7 +131,7 @@ class Context:
 
     def replicated(self, tree: Any) -> Any:
         """A tree of arrays, whole on every device."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        return sharding.put(tree, sharding.replicated(self.mesh))
 
     def _params(self, source: str, init: Callable[[Key], Any]) -> Params:
         boxed = jax.eval_shape(init, jax.random.key(0))
@@ -140,7 +140,7 @@ class Context:
             fresh = jax.jit(lambda key: sharding.unbox(init(key)), out_shardings=layout)
             return fresh(self.key("adapters"))
         if source == BASE:
-            return jax.device_put(self.model.params, layout)
+            return sharding.put(self.model.params, layout)
         return load_params(self.stage_dir(source) / "params", sharding.in_shards(layout, sharding.unbox(boxed)))
 
 

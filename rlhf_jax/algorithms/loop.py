@@ -11,13 +11,14 @@ from typing import Any, Protocol, Self
 
 import jax
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, hosts, sharding
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.errors import NonFiniteError, Stopped
 from rlhf_jax.metrics import MetricsWriter, Progress
 from rlhf_jax.types import Metrics, Params
 
 _CAUSES = ("score", "reward", "loss")  # where they are not finite, the others only follow
+_SPIKING = ("loss", "policy_loss", "value_loss", "grad_norm", "critic_grad_norm")
 
 
 class Cursor(Protocol):
@@ -42,7 +43,8 @@ class Loop:
                 loop.record(state, metrics, tokens=...)
 
     Metrics are read one step late, so that the host prepares a step while the device computes the one before it.
-    After SIGINT or SIGTERM the current step ends, a checkpoint is written, and `record` raises `Stopped`.
+    After SIGINT or SIGTERM the current step ends, a checkpoint is written, and `record` raises `Stopped`; of several
+    processes it is the step after, in all of them, when one has had the signal. Process 0 alone writes metrics.
     """
 
     def __init__(self, context: Context, name: str, *, steps: int, checkpoint_every: int) -> None:
@@ -54,13 +56,20 @@ class Loop:
         self._cursor: Cursor | None = None
         self._pending: tuple[int, Metrics, float] | None = None
         self._signal: int | None = None
+        self._told: jax.Array | None = None
         self._times: deque[tuple[float, int]] = deque(maxlen=11)
 
     def __enter__(self) -> Self:
-        self._writer = MetricsWriter(
-            self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
-        )
+        self._writer = None
+        if hosts.is_writer():
+            self._writer = MetricsWriter(
+                self._context.workdir, self.name, resume_step=self._first + 1, wandb=self._context.wandb
+            )
         self._progress = Progress(self.name, self.steps, start=self._first).__enter__()
+        for line in self._checkpoints.damaged:
+            self.note(f"{self.name}: {line}")
+        if self._checkpoints.damaged and self._first == 0:
+            self.note(f"{self.name}: no good checkpoint is left: the stage begins anew")
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,10 +80,16 @@ class Loop:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._progress.__exit__(kind, error, trace)
-        self._writer.close()
-        self._checkpoints.close()
-        if self._signal is not None and kind is None:  # it came after the last step was recorded
-            raise self._stopped(self._signal)
+        try:
+            self._checkpoints.close()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+        if kind is None:
+            self._asked()  # of several processes the next call gives what they have now
+            stop = self._asked()
+            if stop is not None:  # it came after the last step was recorded
+                raise self._stopped(stop)
 
     def restore(self, state: Any, cursor: Cursor) -> Any:
         """The newest checkpoint's state, with the cursor set to where it stood; `state` itself where there is none."""
@@ -96,20 +111,24 @@ class Loop:
     def record(self, state: Any, metrics: Metrics, *, tokens: int) -> None:
         """End a step: log the one before it, and save where a checkpoint is due.
 
-        Raises NonFiniteError, before anything is saved, where a metric is not finite, and Stopped after a signal.
+        Raises NonFiniteError, before anything is saved, where a metric is not finite and no update was left out for it,
+        or where too many were; Stopped after a signal; UserError where the disk had no room for a checkpoint.
         """
         self._flush()
+        self._checkpoints.check()
         # Over several steps: the host runs ahead of the device, by as much as a step, and falls back at an evaluation.
         self._times.append((time.monotonic(), tokens))
         seconds = self._times[-1][0] - self._times[0][0]
         self._pending = (self._step, metrics, sum(n for _, n in list(self._times)[1:]) / max(seconds, 1e-9))
-        last = self._step == self.steps
-        if last or self._step % self._every == 0 or self._signal is not None:
+        last, stop = self._step == self.steps, self._asked()
+        if last or self._step % self._every == 0 or stop is not None:
             self._flush()
+            if self._writer is not None:
+                self._writer.sync()  # no checkpoint is further than the metrics, even after a power cut
             assert self._cursor is not None
             self._checkpoints.save(self._step, state, self._cursor.get_state())
-        if self._signal is not None:
-            raise self._stopped(self._signal)
+        if stop is not None:
+            raise self._stopped(stop)
 
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -125,23 +144,41 @@ class Loop:
         step, metrics, rate = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        in_row, given_up = int(values.pop("skipped_in_row", 0)), values.pop("given_up", 0) > 0
         broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            cause = next((name for name in _CAUSES if name in broken), broken[0])
-            more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+        if given_up or (broken and not in_row):
             good = self._checkpoints.latest_step()
             kept = "there is no checkpoint yet" if good is None else f"the checkpoint of step {good} is kept"
-            raise NonFiniteError(f"{self.name}: {cause} is {values[cause]} at step {step}{more}; {kept}")
+            raise NonFiniteError(f"{self.name}: {_cause(values, broken, step, in_row)}; {kept}")
         values["tokens_per_second"] = rate
-        self._writer.write(step, values)
+        if self._writer is not None:
+            self._writer.write(step, values)
         self._progress.update(step, values)
+
+    def _asked(self) -> int | None:
+        """The signal to stop at: of several processes one that any of them had a call ago, so that all stop at once."""
+        if hosts.count() == 1:
+            return self._signal
+        told, self._told = self._told, sharding.largest_of_processes(self._signal or 0)
+        return None if told is None else int(told) or None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._signal is not None:  # asked twice: at once, losing the current step alone
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self._signal = number
         self.note(f"{self.name}: stopping after this step (again to stop at once)")
+
+
+def _cause(values: dict[str, float], broken: list[str], step: int, in_row: int) -> str:
+    """Why a stage stops at a step: what is not finite in it, else that it spikes, and how many steps before it did."""
+    before = f", the last of {in_row} updates in a row that were left out" if in_row > 1 else ""
+    if not broken:
+        seen = "  ".join(f"{name} {values[name]:.4g}" for name in _SPIKING if name in values)
+        return f"a spike at step {step} ({seen}){before}"
+    cause = next((name for name in _CAUSES if name in broken), broken[0])
+    more = f" ({len(broken) - 1} more are not finite)" if len(broken) > 1 else ""
+    return f"{cause} is {values[cause]} at step {step}{more}{before}"
 
 
 def finish(context: Context, name: str, params: Params) -> None:

@@ -1,38 +1,34 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import flax.struct
-import jax
 import jax.numpy as jnp
 
-from rlhf_jax import sharding
-from rlhf_jax.algorithms.context import BASE, Context, Kind, check_field, check_positive, named
+from rlhf_jax import guard, hosts
+from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
 from rlhf_jax.data import formats
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.prompt_rows import PromptRow
-from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.reading import read
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer, compare, write_samples
-from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.metrics import read_jsonl
-from rlhf_jax.models import lora
-from rlhf_jax.rewards.host import HostFunction, HostReward, Texts
+from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
+from rlhf_jax.rewards.host import HostFunction, HostReward
 from rlhf_jax.rewards.python import PythonReward
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
-from rlhf_jax.train_step import compiled
-from rlhf_jax.types import Metrics, Params, Rollout
+from rlhf_jax.types import Params
 
 
 @dataclass(frozen=True)
@@ -61,10 +57,26 @@ class OnPolicyConfig(Prompting):
     """How they are drawn before and after; none: as in training. KL is read at the temperature of training."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
+    placement: Placement = field(default_factory=Colocated)
+    """Which devices hold which role: all of them every one, or some each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "completion_tokens", "checkpoint_every")
+        roles = ", ".join(self.idle_roles)
+        for role in self.placement.offload:
+            if role not in self.idle_roles:
+                raise ValueError(f"placement.offload: {role!r} has nothing on the devices here; these have: {roles}")
+
+    @property
+    def idle_roles(self) -> tuple[Idle, ...]:
+        """Roles that hold parameters or states in phases in which they are idle."""
+        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
+
+    @property
+    def max_weight(self) -> float | None:
+        """Largest importance weight of a token, where rollouts are made ahead; None where they are the policy's own."""
+        return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
 
     @property
     def produces(self) -> Kind:
@@ -104,38 +116,6 @@ def _read_into(rows: list[Prompt], source: Source) -> None:
         rows += [*part.train, *part.heldout]
 
 
-@flax.struct.dataclass
-class Frozen:
-    """What no on-policy stage trains: reference, reward model, and the weights under all networks' adapters."""
-
-    reference: Params
-    reward: Params
-    base: Params
-    head_base: Params
-
-    def policy(self, own: Params) -> Params:
-        """A whole policy, as models read it: its own parameters over the shared base."""
-        return lora.merge(self.base, own)
-
-    def network(self, own: Params) -> Params:
-        """A whole reward model or critic: trunk and head."""
-        return lora.merge(self.head_base, own)
-
-
-def frozen(context: Context, *, policy: str, reward: str | HostFunction) -> Frozen:
-    """The reference, which is the policy's start, and a reward model, from the stages that made them.
-
-    The model itself (BASE) as a reference is the base without adapters. A reward that is a function has no parameters.
-    """
-    shared = policy == BASE and context.spec.lora is not None
-    return Frozen(
-        reference={} if shared else context.policy_params(policy),
-        reward=context.head_params(reward) if isinstance(reward, str) else {},
-        base=context.base,
-        head_base=context.head_base,
-    )
-
-
 def critic_params(context: Context, critic: str | ValueHead) -> Params:
     """What trains of a critic at its start: a finished reward model, or a policy's trunk with a head of zeros."""
     if isinstance(critic, str):
@@ -145,108 +125,67 @@ def critic_params(context: Context, critic: str | ValueHead) -> Params:
     return {"trunk": trunk, "head": head}
 
 
-Iteration = Callable[[Any, Frozen, PromptBatch, Sequence[PromptRow]], tuple[Any, Metrics, Rollout]]
-"""(state, frozen, prompts, their rows) -> (state, metrics, rollout)."""
+def train(algorithm: Algorithm, state: Any, context: Context, places: Places, name: str) -> dict[str, Any]:
+    """All iterations, then what the first and the last policy write; the figures are for summary.json.
 
-
-class Algorithm(Protocol):
-    """One iteration of an on-policy stage, whole and in its two parts; its state has a `policy`, a TrainState."""
-
-    @property
-    def config(self) -> Any:
-        """The stage's, an `OnPolicyConfig` with an `optimizer` and its number of `updates`."""
-        ...
-
-    def iteration(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> tuple[Any, Metrics, Rollout]:
-        """Sample and learn."""
-        ...
-
-    def sample(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> Rollout:
-        """A completion for each prompt."""
-        ...
-
-    def learn(self, state: Any, frozen: Frozen, rollout: Rollout) -> tuple[Any, Metrics, Rollout]:
-        """Score, where the reward is a network, and update."""
-        ...
-
-
-def train(algorithm: Algorithm, state: Any, context: Context, name: str) -> dict[str, Any]:
-    """All iterations, then what the first and the last policy write; the figures are for summary.json."""
+    The state is on the sub-mesh that improves.
+    """
     config = algorithm.config
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
-    fixed = frozen(context, policy=config.policy, reward=config.reward)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
-        iteration = make_iteration(algorithm, state, context, scorer)
-        state = fit(algorithm, iteration, state, fixed, prompts, context, name, judged_by)
+        run = Whole if config.placement == Colocated() else Phases
+        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward)
+        iterations = run(algorithm, state, places, fixed, scorer)
+        del fixed  # some of it may wait in the host's memory from now on
+        state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
+        fixed, last = iterations.readers(state)
         before, after = evaluate(
             config,
-            context,
+            places.sampling,
             name,
-            (fixed.policy(fixed.reference), fixed.policy(state.policy.params)),
+            (fixed.policy(fixed.reference), fixed.policy(last)),
             prompts=prompts.heldout,
             reference=fixed.policy(fixed.reference),
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
             judges=judged_by,
         )
-    write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
-    deviations = largest(context, name, "ratio_deviation", "sampling_deviation")
+    if hosts.is_writer():
+        write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
+    deviations = hosts.from_writer(lambda: largest(context, name, "ratio_deviation", "sampling_deviation"))
     counts = {} if config.data is None else prompts.counts.figures()
-    return {**compare(before, after), **deviations, **counts, "steps": config.steps}
+    return {**compare(before, after), **deviations, **counts, **guard.figures(state), "steps": config.steps}
 
 
 def fit(
     algorithm: Algorithm,
-    iteration: Iteration,
+    iterations: Iterations,
     state: Any,
-    frozen: Frozen,
     prompts: Selected[PromptRow],
     context: Context,
     name: str,
     judges: Mapping[str, Judge],
 ) -> Any:
-    """The iterations from the newest checkpoint on; returns the last state, its policy written."""
+    """The iterations from the newest checkpoint on; returns what the last one left, its policy written."""
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
     share = config.optimizer.share(config.updates)
-    with (
-        Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop,
-        sharding.scope(context.mesh),
-    ):
+    with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
         if config.sampling.truncates:
             loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
         if config.data is not None:
             loop.note(f"{name}: {prompts.counts.line()}")
-        state = loop.restore(state, batches)
-        for _ in loop:
-            state, metrics, rollout = iteration(state, frozen, *next(batches))
+        shapes = iterations.shapes(state)
+        held = loop.restore(shapes, batches)
+        if held is shapes:  # there was no checkpoint
+            held = iterations.first(state, batches)
+        del state, shapes  # its arrays are the first iteration's to donate
+        for step in loop:
+            held, metrics, rollout = iterations(held, batches, last=step == config.steps)
             if "gold" in judges:
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
-            metrics["learning_rate"] = config.optimizer.learning_rate * share(state.policy.step)
-            loop.record(state, metrics, tokens=int(rollout.completion_mask.sum()))
-    finish(context, name, state.policy.params)
-    return state
-
-
-def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
-    """What an iteration compiles, by name: itself as a whole, or sampling and learning where a function scores."""
-    if isinstance(algorithm.config.reward, str):
-        return {"iteration": compiled(algorithm.iteration, state, others=2)}
-    return {"sample": jax.jit(algorithm.sample), "learn": compiled(algorithm.learn, state, others=2)}
-
-
-def make_iteration(algorithm: Algorithm, state: Any, context: Context, scorer: Scorer | None) -> Iteration:
-    """One compiled program where the reward is a network; else sampling and learning, and the reward between them."""
-    mesh, tokenizer, parts = context.mesh, context.tokenizer, programs(algorithm, state)
-    if scorer is None:
-        whole = parts["iteration"]
-        return lambda state, frozen, prompts, rows: whole(state, frozen, sharding.shard_batch(mesh, prompts))
-    sample, learn = parts["sample"], parts["learn"]
-
-    def iteration(state: Any, frozen: Frozen, prompts: PromptBatch, rows: Sequence[PromptRow]) -> Any:
-        rollout = sample(state, frozen, sharding.shard_batch(mesh, prompts))
-        scores = scorer(with_rows(rollout, rows, tokenizer))
-        return learn(state, frozen, rollout.replace(scores=sharding.shard_batch(mesh, scores)))
-
-    return iteration
+            metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
+            loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
+    finish(context, name, held.policy.params)
+    return held
 
 
 def judges(config: OnPolicyConfig, context: Context) -> dict[str, Judge]:
@@ -258,22 +197,6 @@ def largest(context: Context, name: str, *metrics: str) -> dict[str, float]:
     """The largest value of each metric over a stage's steps, those of earlier sessions included."""
     lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
     return {metric: max(line[metric] for line in lines) for metric in metrics}
-
-
-def texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-    """Prompt and completion of each row, as a judge reads them."""
-    return _decoded(rollout.tokens, rollout.mask, tokenizer)
-
-
-def with_rows(rollout: Rollout, rows: Sequence[PromptRow], tokenizer: Tokenizer) -> list[Texts]:
-    """What a reward function reads: each completion with its prompt and its row's other fields."""
-    completions = _decoded(rollout.tokens, rollout.completion_mask, tokenizer)
-    return [Texts(row.text, text, row.metadata) for row, text in zip(rows, completions, strict=True)]
-
-
-def _decoded(tokens: jax.Array, mask: jax.Array, tokenizer: Tokenizer) -> list[str]:
-    rows, kept = jax.device_get((tokens, mask))
-    return [tokenizer.decode(row[keep].tolist()) for row, keep in zip(rows, kept, strict=True)]
 
 
 def evaluate(

@@ -1,7 +1,8 @@
 """PPO with a KL penalty to a frozen reference (Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024).
 
 One iteration, compiled as a whole: sample completions, score them, turn scores and KL into advantages, and take
-`epochs` × `minibatches` clipped steps of the policy and of its separate critic.
+`epochs` × `minibatches` clipped steps of the policy and of its separate critic. `placement` may part it in phases, and
+have completions sampled one iteration ahead: `placement.Disaggregated` says what becomes of the loss then.
 
 Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
 """
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import kl, losses, masking, models
+from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
-from rlhf_jax.algorithms import onpolicy
+from rlhf_jax.algorithms import iterations, onpolicy
 from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
-from rlhf_jax.algorithms.onpolicy import Frozen, OnPolicyConfig, ValueHead
+from rlhf_jax.algorithms.iterations import Behaviour, Frozen
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig, ValueHead
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
@@ -28,6 +30,7 @@ from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.placement import Idle
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import ended, generate
 from rlhf_jax.train_step import in_parts, keep_if, make_train_step, sharded_state
@@ -69,7 +72,7 @@ class Config(OnPolicyConfig):
     reducer: Literal["token", "sequence"] = "token"
     """Whether each token or each completion weighs the same in the losses."""
     stop_at_kl: float | None = None
-    """Ends an iteration's policy updates where the KL to the behaviour policy exceeds this, in nats a token."""
+    """Ends an iteration's policy updates where the KL to the policy it began with exceeds this, in nats a token."""
     exact_kl_rows: int = 32
     """Completions an iteration whose KL is also summed over the whole vocabulary."""
 
@@ -104,6 +107,11 @@ class Config(OnPolicyConfig):
         return {"batch_size / (minibatches × num_microbatches)": self.batch_size // parts}
 
     @property
+    def idle_roles(self) -> tuple[Idle, ...]:
+        """The critic too."""
+        return (*super().idle_roles, "critic")
+
+    @property
     def updates(self) -> int:
         """Optimiser steps of the whole stage."""
         return self.steps * self.epochs * self.minibatches
@@ -131,42 +139,51 @@ class Algorithm:
     def iteration(self, state: State, frozen: Frozen, prompts: PromptBatch) -> tuple[State, Metrics, Rollout]:
         """Sample, score, estimate advantages, update."""
         with jax.named_scope("sample"):
-            rollout = self.sample(state, frozen, prompts)
+            rollout = self.sample(iterations.behaviour(state.policy), frozen, prompts)
         return self.learn(state, frozen, rollout)
 
-    def sample(self, state: State, frozen: Frozen, prompts: PromptBatch) -> Rollout:
+    def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
         """A completion for each prompt."""
-        return generate(
+        rollout = generate(
             self.spec,
-            frozen.policy(state.policy.params),
+            frozen.policy(behaviour.params),
             prompts.tokens,
             prompts.mask,
-            jax.random.fold_in(state.policy.step_key(), 0),
+            jax.random.fold_in(behaviour.key, 0),
             max_new_tokens=self.config.completion_tokens,
             sampling=self.config.sampling,
             eos_id=self.eos_id,
             pad_id=self.pad_id,
         )
+        return rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
 
     def learn(self, state: State, frozen: Frozen, rollout: Rollout) -> tuple[State, Metrics, Rollout]:
-        """Score, where the reward is a network, estimate advantages, update."""
+        """Score what this policy has written, estimate advantages, update."""
         with jax.named_scope("score"):
-            rollout, metrics = self.score(rollout, state, frozen)
+            rollout, metrics = self.score(state.policy.params, frozen, rollout)
+        return self.improve(state, frozen, rollout, metrics)
+
+    def improve(
+        self, state: State, frozen: Frozen, rollout: Rollout, metrics: Metrics
+    ) -> tuple[State, Metrics, Rollout]:
+        """Estimate advantages of a scored rollout, update; the scoring's `metrics` stand in those given back."""
+        with jax.named_scope("score"):
+            rollout, stale_metrics = self.with_values(rollout, state, frozen)
             rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
         with jax.named_scope("update"):
             state, update_metrics = self.update(state, frozen, rollout)
         controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
-        return state.replace(kl=controller), {**metrics, **reward_metrics, **update_metrics}, rollout
+        metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
+        return state.replace(kl=controller), metrics, rollout
 
-    def score(self, rollout: Rollout, state: State, frozen: Frozen) -> tuple[Rollout, Metrics]:
-        """Scores, log-probs, reference log-probs and values of a rollout, and what compares policy and reference.
+    def score(self, own: Params, frozen: Frozen, rollout: Rollout) -> tuple[Rollout, Metrics]:
+        """Scores, where the reward is a network, log-probs and reference log-probs, and what compares the two policies.
 
-        The behaviour policy's log-probs are read again without a cache, as training reads them; `sampling_deviation`
-        says how far the sampler's own were from them.
+        `own` are the parameters of the policy that wrote the rollout. Its log-probs are read again without a cache, as
+        training reads them; `sampling_deviation` says how far the sampler's own were from them.
         """
         c = self.config
-        policy, reference = frozen.policy(state.policy.params), frozen.policy(frozen.reference)
-        critic, reward = frozen.network(state.critic.params), frozen.network(frozen.reward)
+        policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
         is_network = isinstance(c.reward, str)
 
         def part(rows: Rollout) -> tuple[Array, ...]:
@@ -178,14 +195,12 @@ class Algorithm:
                 *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                masking.keep(models.values(self.spec, critic, rows.tokens, rows.mask)[:, window], mask),
                 models.score(self.spec, reward, rows.tokens, rows.mask) if is_network else rows.scores,
             )
 
-        logps, ref_logps, entropies, exact, values, scores = in_parts(part, rollout, c.minibatches * c.num_microbatches)
-        pad = partial(jnp.pad, pad_width=((0, 0), (c.prompt_length, 0)))
+        logps, ref_logps, entropies, exact, scores = in_parts(part, rollout, c.minibatches * c.num_microbatches)
         sampled_logps = rollout.logps
-        rollout = rollout.replace(logps=pad(logps), ref_logps=pad(ref_logps), values=pad(values), scores=scores)
+        rollout = rollout.replace(logps=self.padded(logps), ref_logps=self.padded(ref_logps), scores=scores)
         mask = rollout.completion_mask
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
         kept = mask[:, c.prompt_length :]
@@ -200,6 +215,28 @@ class Algorithm:
             "no_eos": jnp.mean(~ended(rollout, self.eos_id), dtype=jnp.float32),
         }
         return rollout, metrics
+
+    def with_values(self, rollout: Rollout, state: State, frozen: Frozen) -> tuple[Rollout, Metrics]:
+        """The critic's values; of a rollout made ahead also this policy's log-probs, and how far it has moved on."""
+        c, bound = self.config, self.config.max_weight
+        policy, critic = frozen.policy(state.policy.params), frozen.network(state.critic.params)
+
+        def part(rows: Rollout) -> tuple[Array, Array | None]:
+            values = models.values(self.spec, critic, rows.tokens, rows.mask)[:, c.prompt_length :]
+            logps = self.kept_logps(self.completion_logits(policy, rows), rows) if bound is not None else None
+            return masking.keep(values, rows.completion_mask[:, c.prompt_length :]), logps
+
+        values, logps = in_parts(part, rollout, c.minibatches * c.num_microbatches)
+        rollout = rollout.replace(values=self.padded(values))
+        if bound is None:
+            return rollout, {}
+        rollout, mask = rollout.replace(old_logps=self.padded(logps)), rollout.completion_mask
+        cut = jnp.exp(rollout.old_logps - rollout.logps) > bound
+        return rollout, {
+            "staleness": jnp.mean(state.policy.step - rollout.written_at, dtype=jnp.float32),
+            "stale_kl": masking.masked_mean(kl.k3(rollout.logps, rollout.old_logps), mask),
+            "weights_cut": masking.masked_mean(cut.astype(jnp.float32), mask),
+        }
 
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
         """Rewards a token, and from these advantages and returns."""
@@ -237,9 +274,9 @@ class Algorithm:
 
         first = jax.tree.map(lambda x: x[rows[0]], rollout)
         logits = self.completion_logits(frozen.policy(state.policy.params), first)
-        deviation = ratio_deviation(self.kept_logps(logits, first), first.logps[:, c.prompt_length :])
+        deviation = ratio_deviation(self.kept_logps(logits, first), old_logps(first)[:, c.prompt_length :])
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
-        policy, critic = jax.tree.map(jnp.mean, (policy, critic))
+        policy, critic = guard.over_steps(policy), guard.over_steps(critic)
         return state, {
             "ratio_deviation": deviation,
             "policy_loss": policy["loss"],
@@ -250,6 +287,7 @@ class Algorithm:
             "grad_norm": policy["grad_norm"],
             "critic_grad_norm": critic["grad_norm"],
             "skipped_updates": policy["stopped"],
+            **guard.together(policy, critic),
         }
 
     def policy_loss(self) -> LossFn:
@@ -258,17 +296,19 @@ class Algorithm:
 
         def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
             del key
-            mask, old_logps = batch.completion_mask[:, window], batch.logps[:, window]
+            mask, old = batch.completion_mask[:, window], old_logps(batch)[:, window]
             states, routing = models.hidden_and_routing(self.spec, params, batch.tokens, batch.mask)
             logits = models.unembed(self.spec, params, states[:, c.prompt_length - 1 : -1])
             logps = self.kept_logps(logits, batch)
-            loss, d = losses.ppo_clip(logps, old_logps, batch.advantages[:, window], clip_eps=hyper["clip_eps"])
+            loss, d = losses.ppo_clip(logps, old, batch.advantages[:, window], clip_eps=hyper["clip_eps"])
+            if c.max_weight is not None:
+                loss *= importance.token_weights(old, batch.logps[:, window], high=c.max_weight)
             if c.entropy_coef:
                 bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
                 loss += hyper["entropy_coef"] * bonus
             metrics = {
                 "policy_clipped": masking.token_mean(d["clipped"], mask),
-                "approx_kl": masking.token_mean(kl.k3(old_logps, logps), mask),
+                "approx_kl": masking.token_mean(kl.k3(old, logps), mask),
             }
             total, balance = with_load_balance(self.spec, masking.REDUCERS[c.reducer](loss, mask), routing, batch.mask)
             return total, metrics | balance
@@ -289,6 +329,10 @@ class Algorithm:
 
         return loss_fn
 
+    def padded(self, x: Float[Array, "b n"]) -> Float[Array, "b t"]:
+        """Zeros in place of the prompt."""
+        return jnp.pad(x, ((0, 0), (self.config.prompt_length, 0)))
+
     def kept_logps(self, logits: Float[Array, "b n v"], rollout: Rollout) -> Float[Array, "b n"]:
         """Of the completion's tokens at the sampling temperature, 0 elsewhere."""
         window = slice(self.config.prompt_length, None)
@@ -301,10 +345,16 @@ class Algorithm:
         return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1])
 
 
+def old_logps(rollout: Rollout) -> Float[Array, "b t"]:
+    """Of the policy that an update starts from: the one that wrote the rollout, or, made ahead of it, an older one."""
+    return rollout.logps if rollout.old_logps is None else rollout.old_logps
+
+
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
     algorithm = Algorithm(config, context.spec, eos_id=context.tokenizer.eos_id, pad_id=context.tokenizer.pad_id)
-    return onpolicy.train(algorithm, initial_state(algorithm, context, name), context, name)
+    places = iterations.places(config.placement, context)
+    return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
 
 
 def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:

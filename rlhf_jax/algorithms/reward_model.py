@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import losses, masking, models, sharding
+from rlhf_jax import guard, hosts, losses, masking, models, sharding
 from rlhf_jax.algorithms import comparisons
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
 from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
@@ -178,14 +178,15 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
                 score = partial(network, lora.merge(context.head_base, state.params))
                 report = evaluate_groups(score, data.heldout).pairs
                 metrics |= {"heldout_accuracy": report.accuracy, "heldout_log_loss": report.log_loss}
-            loop.record(state, metrics, tokens=int(np.sum(batch.mask)))
+            loop.record(state, metrics, tokens=int(np.sum(batch.mask)) * shard.count)
 
     score = partial(network, lora.merge(context.head_base, state.params))
     report = evaluate_groups(score, data.heldout)  # before normalising, which changes the odds
     external = (
         review_accuracy(score, context.reviews.test, tokenizer, length=config.length) if context.labelled else None
     )
-    write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)
+    if hosts.is_writer():
+        write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)
     mean, std = _mean_and_std(config, context, name, data, report.scores, score)
     finish(context, name, normalized(state.params, mean, std) if config.normalize else state.params)
     low, high = report.pairs.interval
@@ -200,6 +201,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         "score_mean": mean,
         "score_std": std,
         "steps": config.steps,
+        **guard.figures(state),
         **data.counts.figures(),
     }
 

@@ -9,7 +9,7 @@ import grain
 import jax
 from jaxtyping import Array
 
-from rlhf_jax import losses, models, sharding
+from rlhf_jax import guard, losses, models, sharding
 from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
@@ -131,7 +131,7 @@ def fit(
     some = itertools.islice(heldout, config.heldout_rows // config.batch_size)
     loss_fn = language_model_loss(context.spec, balance=False)
     heldout_loss = _heldout_loss(loss_fn, context.base, [sharding.shard_batch(mesh, batch) for batch in some])
-    share = config.optimizer.share(config.steps)
+    share, shards = config.optimizer.share(config.steps), sharding.process_shard(mesh).count
 
     with (
         Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop,
@@ -145,8 +145,8 @@ def fit(
             metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
             if step % config.evaluate_every == 0 or step == config.steps:
                 metrics["heldout_loss"] = heldout_loss(state.params)
-            loop.record(state, metrics, tokens=batch.loss_mask.sum())
-        figures = {"heldout_loss": float(heldout_loss(state.params)), "steps": config.steps}
+            loop.record(state, metrics, tokens=batch.loss_mask.sum() * shards)
+        figures = {"heldout_loss": float(heldout_loss(state.params)), "steps": config.steps, **guard.figures(state)}
     finish(context, name, state.params)
     return state.params, figures
 

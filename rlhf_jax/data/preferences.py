@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rlhf_jax import digests
 from rlhf_jax.data.text import fitted
 
 _SCORE_LIMIT = 1e-6  # a probability of exactly 0 or 1 has no logit
@@ -99,11 +100,18 @@ def write(folder: Path, splits: Mapping[str, Sequence[PreferenceGroup]]) -> None
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
         tfds.disable_progress_bar()
         builder.download_and_prepare()
+    digests.seal(_dataset_folder(folder))
 
 
 def exists(folder: Path) -> bool:
     """Whether `write` finished here."""
-    return (_dataset_folder(folder) / "dataset_info.json").exists()
+    return (_dataset_folder(folder) / digests.SEAL).exists()
+
+
+def set_aside_if_damaged(folder: Path) -> str | None:
+    """Rename what `write` finished here if a file is not as it was written; returns a line that says so, or None."""
+    wrong = digests.damage(_dataset_folder(folder)) if exists(folder) else None
+    return wrong and f"{wrong}; the comparisons are set aside as {digests.set_aside(folder / _NAME)} and made again"
 
 
 def read(folder: Path) -> dict[str, Sequence[PreferenceGroup]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from rlhf_jax import masking, models, sharding
+from rlhf_jax import hosts, masking, models, sharding
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.text import distinct_n, equal_tokens
 from rlhf_jax.files import write_whole
@@ -84,8 +84,8 @@ class PolicyEvaluation:
         rows: list[Row] = []
         for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in self._prompts], self._key):
             with sharding.scope(self._mesh):
-                readings = jax.device_get(self._readings(params, reference, self._network, rollout))
-            host, first = jax.device_get(rollout), len(rows)
+                readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
+            host, first = hosts.fetch(rollout), len(rows)
             for i in range(count):
                 tokens = tuple(host.tokens[i][host.completion_mask[i]].tolist())
                 prompt = self._tokenizer.decode(host.tokens[i][host.prompt_mask[i]].tolist())
@@ -95,7 +95,7 @@ class PolicyEvaluation:
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
                 new, prompts = rows[first:], self._prompts[first : first + count]
                 asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(prompts, new, strict=True)]
-                self._add(new, "score", self._scorer(asked))
+                self._add(new, "score", hosts.by_rows(self._scorer, asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():
             self._add(rows, name, judge(texts))

@@ -64,7 +64,7 @@ def load_folder(
     def make(path: tuple, shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding, box: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name == "head/bias":
-            return jax.device_put(np.asarray(_bias(config, there), np.float32), place)
+            return sharding.put(np.asarray(_bias(config, there), np.float32), place)
         kind = np.dtype(np.float32) if name == _KERNEL else _stored_dtype(name, dtype)
         return store_leaf(adapted, mesh, path, box, sources[name.removeprefix(_TRUNK)].put(shape.shape, kind, place))
 

@@ -76,7 +76,7 @@ def load_adapter(
         boxed = jax.eval_shape(lambda: models.init_with_head(spec, jax.random.key(0)))
         layout = sharding.shardings(sharding.single_device_mesh() if mesh is None else mesh, boxed)
         head = {"kernel": read_small(stored[SCORE])[0], "bias": np.zeros((), np.float32)}
-        params = {"head": jax.device_put(head, layout["head"])}
+        params = {"head": sharding.put(head, layout["head"])}
         trunk.pop("unembedding", None)
     return spec, {"trunk": trunk, "head": params["head"]} if "head" in params else trunk
 

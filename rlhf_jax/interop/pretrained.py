@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 import json
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import models, sharding
+from rlhf_jax import digests, hosts, models, sharding
 from rlhf_jax.data.sources import Data
-from rlhf_jax.files import write_whole
+from rlhf_jax.errors import UserError
 from rlhf_jax.interop.tokenizers import SentencePiece, Tokenizer, train_sentencepiece
 from rlhf_jax.models.spec import Lora, ModelSpec
 from rlhf_jax.numerics import require
@@ -89,21 +90,33 @@ class Scratch:
         return self.architecture
 
     def load(self, *, data: Data, workdir: Path, seed: int, mesh: Mesh | None = None) -> Pretrained:
-        """Initialise from the seed; the tokenizer is trained once and kept in the workdir."""
+        """Initialise from the seed; the tokenizer is trained once and kept in the workdir, and again if damaged."""
         from rlhf_jax.data.texts import load_texts  # it builds on the tokenizers here
 
         path = workdir / TOKENIZER_FILE
-        if path.exists():
-            tokenizer = SentencePiece.from_file(path)
-        else:
+
+        def make() -> None:
+            if digests.is_whole(path):
+                return
+            if path.exists():
+                print(
+                    f"{path}, now {digests.set_aside(path).name}: not as it was written; it is made again",
+                    file=sys.stderr,
+                )
             texts = (review.text for review in load_texts(data).train)
             tokenizer = train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed)
-            write_whole(path, tokenizer.model)
+            digests.write_sealed(path, tokenizer.model)
+
+        hosts.from_writer(make)
+        tokenizer = SentencePiece.from_file(path)
         return Pretrained(self.spec, sharding.unbox(models.init(self.spec, jax.random.key(seed))), tokenizer)
 
     def tokenizer(self, workdir: Path) -> Tokenizer:
-        """The tokenizer of a run that has begun."""
-        return SentencePiece.from_file(workdir / TOKENIZER_FILE)
+        """The tokenizer of a run that has begun; UserError where it is not as it was written."""
+        path = workdir / TOKENIZER_FILE
+        if not digests.is_whole(path):
+            raise UserError(f"{path} is not as it was written; `rlhf-jax run` with this workdir makes it again")
+        return SentencePiece.from_file(path)
 
 
 def write_bundle(folder: Path, params: Params, tokenizer: SentencePiece, card: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from rlhf_jax import models, sharding
+from rlhf_jax import digests, models, sharding
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import Pretrained
@@ -89,6 +89,9 @@ def load_stage(
 
 
 def _restore(folder: Path, init: Init, dtype: DType, mesh: Mesh) -> Params:
+    wrong = digests.damage(folder)
+    if wrong is not None:
+        raise UserError(f"{wrong}; `rlhf-jax run` with this workdir makes these parameters again")
     boxed = jax.eval_shape(init, jax.random.key(0))
     target = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=place),

@@ -1,5 +1,6 @@
 """Networks as pure functions of (spec, params, tokens, ...)."""
 
+from rlhf_jax.models.decoding import decoding_weights
 from rlhf_jax.models.heads import init_with_head, score, values
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.models.transformer import Cache, extend, hidden, hidden_and_routing, init, init_cache, logits, unembed
@@ -7,6 +8,7 @@ from rlhf_jax.models.transformer import Cache, extend, hidden, hidden_and_routin
 __all__ = [
     "Cache",
     "ModelSpec",
+    "decoding_weights",
     "extend",
     "hidden",
     "hidden_and_routing",

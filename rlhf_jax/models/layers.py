@@ -4,7 +4,6 @@ Shapes: B batch, T query positions, S key positions, D model, N query heads, K k
 L layers, E experts.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from rlhf_jax.models.experts import Routing, mix_experts
 from rlhf_jax.models.quantized import Quantized, cast, multiply
 from rlhf_jax.models.rope import rotate
 from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.sharding import constrain
+from rlhf_jax.sharding import constrain, splits, to_weights
 
 ACTIVATIONS = {"silu": nn.silu, "gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
 ROUTER = "router"
@@ -65,6 +64,9 @@ class Attention(nn.Module):
             k_BTKH = Norm(s.norm_eps, axis_name=None, name="key_norm")(k_BTKH)
         if rope is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
+        # Where rows are split along their length, this is what gathers the keys and values of the whole row.
+        k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv", None) for x in (k_BTKH, v_BTKH))
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if keys is not None:
             at = (layer, 0, start, 0, 0)
@@ -123,7 +125,8 @@ class ExpertsFeedForward(nn.Module):
         into, back = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         gate, up = (kernel(self, name, init, into, (e, d, f)) for name in ("gate", "up"))
         down = kernel(self, "down", out_init, back, (e, f, d))
-        flat = x_BTD.reshape(-1, d)
+        # The tokens of rows that are split along their length meet here: experts take any of them.
+        flat = to_weights(constrain(x_BTD, "batch", None, None), "embed").reshape(-1, d)
         logits = jnp.matmul(flat.astype(jnp.float32), router, precision="highest")
 
         def mix(x, logits, kernels):
@@ -161,7 +164,7 @@ class Block(nn.Module):
         if s.post_norms:
             fed = norm(name="mlp_post_norm")(fed)
         x_BTD = x_BTD + attended + fed
-        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD = constrain(x_BTD, "batch", "length", None)
         return (x_BTD, keys, values), None
 
 
@@ -174,7 +177,7 @@ def _of_kind(options: tuple[Any, ...], local: Any) -> Any:
 
 def named(init: Any, *axes: str | None) -> Callable[..., Any]:
     """An initialiser whose parameter knows the logical names of its axes."""
-    return init if axes == (None,) else nn.with_logical_partitioning(init, axes)
+    return nn.with_logical_partitioning(init, axes)
 
 
 def kernel(module, name, init, axes, shape):
@@ -184,17 +187,26 @@ def kernel(module, name, init, axes, shape):
 
 
 def dense(module, name, *, x, shape, axes, init, bias, inputs=1):
-    """The last `inputs` axes of x times a kernel, as one matrix product: batched ones take twice as long on CPU."""
-    flat = x.reshape(-1, math.prod(shape[:inputs]))
-    out = multiply(flat, kernel(module, name, init, axes, shape))
+    """The last `inputs` axes of x times a kernel."""
+    x = to_weights(x, *axes[:inputs])
+    rows = flat(x.reshape(*x.shape[: x.ndim - inputs], -1))
+    out = multiply(rows, kernel(module, name, init, axes, shape))
     if _has_adapter(module, name):
-        out += _adapter(module, name, flat, shape, axes, inputs)
-    out = out.reshape(*x.shape[: x.ndim - inputs], *shape[inputs:])
+        out += _adapter(module, name, rows, shape, axes, inputs)
+    out = to_weights(out.reshape(*x.shape[: x.ndim - inputs], *shape[inputs:]), *axes[inputs:])
     if not bias:
         return out
     zeros = named(nn.initializers.zeros, *axes[inputs:])
     shift = module.param(f"{name}_bias", zeros, shape[inputs:], jnp.float32).astype(jnp.float32)
     return (out.astype(jnp.float32) + shift).astype(x.dtype)  # so that its gradient, a sum, is one of float32
+
+
+def flat(x: Array) -> Array:
+    """[*b, d] -> [n, d], of one matrix product: batched ones take twice as long on CPU.
+
+    Where rows are split along their length the axes stay: no layout over devices is that of the split axes as one.
+    """
+    return x if splits("length") > 1 else x.reshape(-1, x.shape[-1])
 
 
 def _has_adapter(module, name):
@@ -204,17 +216,17 @@ def _has_adapter(module, name):
     return wanted and (module.is_initializing() or module.has_variable("params", f"{name}_lora_a"))
 
 
-def _adapter(module, name, flat, shape, axes, inputs):
+def _adapter(module, name, rows, shape, axes, inputs):
     """(alpha / rank) x A B; A is uniform in ±1/√width as in PEFT, B is 0."""
-    lora, width = module.spec.lora, flat.shape[-1]
+    lora, width = module.spec.lora, rows.shape[-1]
     uniform = nn.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform", in_axis=tuple(range(inputs)), out_axis=inputs
     )
     a = module.param(f"{name}_lora_a", named(uniform, *axes[:inputs], None), (*shape[:inputs], lora.rank), jnp.float32)
     b_init = named(nn.initializers.zeros, None, *axes[inputs:])
     b = module.param(f"{name}_lora_b", b_init, (lora.rank, *shape[inputs:]), jnp.float32)
-    inner = flat @ a.astype(flat.dtype).reshape(width, lora.rank)
-    return (lora.alpha / lora.rank) * (inner @ b.astype(flat.dtype).reshape(lora.rank, -1))
+    inner = rows @ a.astype(rows.dtype).reshape(width, lora.rank)
+    return (lora.alpha / lora.rank) * (inner @ b.astype(rows.dtype).reshape(lora.rank, -1))
 
 
 def attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):

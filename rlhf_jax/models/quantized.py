@@ -82,7 +82,7 @@ def quantize(kernel: Float[Array, "..."], bits: Bits, *, lead: int = 0, inputs: 
 Kernel = Array | Quantized
 
 
-def multiply(x: Float[Array, "n i"], kernel: Kernel) -> Float[Array, "n o"]:
+def multiply(x: Float[Array, "*n i"], kernel: Kernel) -> Float[Array, "*n o"]:
     """X times a kernel, in x's type; a kernel that is stored otherwise is cast for the product alone.
 
     The backward pass casts it again: it would else be handed every layer's kernel in x's type.
@@ -136,8 +136,8 @@ def store_leaf(spec: ModelSpec, mesh: Mesh, path: tuple, box: Any, leaf: Any) ->
     A mesh axis that would cut blocks in two does not split that kernel.
     """
     if isinstance(leaf, Quantized):
-        return jax.device_put(leaf, _place(spec, mesh, path, box))
-    leaf = jax.device_put(leaf, sharding.shardings(mesh, box))
+        return sharding.put(leaf, _place(spec, mesh, path, box))
+    leaf = sharding.put(leaf, sharding.shardings(mesh, box))
     if not _changes(spec, path):
         return leaf
     return jax.jit(partial(_stored, spec, path), out_shardings=_place(spec, mesh, path, box))(leaf)
@@ -148,12 +148,17 @@ def _place(spec: ModelSpec, mesh: Mesh, path: tuple, box: Any) -> Any:
     stored = jax.eval_shape(partial(_stored, spec, path), box.value)
     if not isinstance(stored, Quantized):
         return sharding.shardings(mesh, box)
+    lead, _ = _axes(spec, path)
+    names = list(block_axes(spec, path, box.names))
+    if stored.codes.shape[lead] % sharding.parts(mesh, names[lead]):
+        names[lead] = None
+    return sharding.shardings(mesh, jax.tree.map(lambda part: nn.LogicallyPartitioned(part, tuple(names)), stored))
+
+
+def block_axes(spec: ModelSpec, path: tuple, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The logical axes of codes and scales, from those of the kernel in whose place they stand."""
     lead, inputs = _axes(spec, path)
-    blocks, out = box.names[lead], box.names[lead + inputs]
-    if stored.codes.shape[lead] % sharding.parts(mesh, blocks):
-        blocks = None
-    names = (*box.names[:lead], blocks, None, out)
-    return sharding.shardings(mesh, jax.tree.map(lambda part: nn.LogicallyPartitioned(part, names), stored))
+    return (*names[: lead + 1], None, names[lead + inputs])
 
 
 def _stored(spec: ModelSpec, path: tuple, leaf: Array) -> Array | Quantized:

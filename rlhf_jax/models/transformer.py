@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import positions as mask_positions
 from rlhf_jax.models.experts import Routing
-from rlhf_jax.models.layers import ROUTER, Block, Norm, look_up, named
+from rlhf_jax.models.layers import ROUTER, Block, Norm, flat, look_up, named
+from rlhf_jax.models.pipeline import through_stages
 from rlhf_jax.models.rope import rope_table
 from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.sharding import constrain
+from rlhf_jax.sharding import constrain, splits, to_weights
 from rlhf_jax.types import ArrayLike, Key, Params
 
 _REMAT_POLICIES = {
@@ -59,35 +60,65 @@ class Transformer(nn.Module):
                 (s.d_model, s.vocab_size),
                 jnp.float32,
             )
-        x_BTD = look_up(embedding, tokens_BT)
+        x_BTD = _rows_of(embedding, tokens_BT)
         if s.scale_embedding:  # a tied row has length about 1; times sqrt(d) the residual stream starts at unit size
             x_BTD *= s.d_model**0.5
         if s.positions == "learned":
             table = named(nn.initializers.normal(0.02), None, "embed")
-            x_BTD += look_up(self.param("positions", table, (s.max_len, s.d_model), jnp.float32), positions_BT)
-        x_BTD = constrain(x_BTD.astype(s.dtype), "batch", None, None)
-        block = Block
-        if s.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[s.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, ROUTER: 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=s.n_layers,
-            unroll=min(s.unroll, s.n_layers),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(s, name="layers")
+            x_BTD += _rows_of(self.param("positions", table, (s.max_len, s.d_model), jnp.float32), positions_BT)
+        x_BTD = constrain(x_BTD.astype(s.dtype), "batch", "length", None)
+        ropes, each = _ropes(s, positions_BT), (jnp.arange(s.n_layers), jnp.asarray(s.layer_kinds))
         keys, values = (None, None) if cache is None else (cache.keys, cache.values)
         start = None if cache is None else cache.length
-        local = jnp.asarray(s.layer_kinds)
-        (x_BTD, keys, values), _ = layers(
-            (x_BTD, keys, values), jnp.arange(s.n_layers), local, _ropes(s, positions_BT), attends, start
-        )
+        if splits("layers") == 1 or self.is_initializing():
+            layers = _blocks(s, s.n_layers)(s, name="layers")
+            (x_BTD, keys, values), _ = layers((x_BTD, keys, values), *each, ropes, attends, start)
+        else:
+            x_BTD = self._in_stages(x_BTD, each, (ropes, attends))
         x_BTD = Norm(s.norm_eps, s.norm, name="final_norm")(x_BTD)
         if cache is not None:
             cache = dataclasses.replace(cache, keys=keys, values=values, length=cache.length + tokens_BT.shape[1])
         return x_BTD, cache
+
+    def _in_stages(self, x_BTD, each, rows):
+        """The layers as the stages of a pipeline; what the routers did is left where the loop over layers leaves it."""
+        s, stages = self.spec, splits("layers")
+        blocks = _blocks(s, s.n_layers // stages)(s, parent=None)
+
+        def stage(mine, x_bTD, rows):
+            params, layer, local = mine
+            (carry, _), left = blocks.apply(
+                {"params": params}, (x_bTD, None, None), layer, local, *rows, None, mutable=[ROUTER]
+            )
+            return carry[0], left
+
+        layers = (self.get_variable("params", "layers"), *each)
+        x_BTD, left = through_stages(stage, layers, x_BTD, rows, stages=stages)
+        if left and self.is_mutable_collection(ROUTER):
+            self.put_variable(ROUTER, "layers", left[ROUTER])
+        return x_BTD
+
+
+def _rows_of(table, index_BT):
+    """Rows of a table that is split along both axes: looked up where they lie, then sent where they are read."""
+    x_BTD = look_up(table, constrain(index_BT, "lookup", None))
+    return constrain(constrain(x_BTD, "lookup", None, "embed"), "batch", None, None)
+
+
+def _blocks(spec, length):
+    """The class of a loop over so many layers: their parameters, and what they leave, are stacked."""
+    block = Block
+    if spec.remat != "none":
+        block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[spec.remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, ROUTER: 0},
+        split_rngs={"params": True},
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        length=length,
+        unroll=min(spec.unroll, length),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def _ropes(spec, positions_BT):
@@ -118,7 +149,7 @@ def hidden(
     `mask` is False on padding, wherever that is: positions count kept tokens only, so left padding, right padding and
     packing give the same states. `segment_ids` (0 is padding) packs several texts into a row; none sees another.
     """
-    return _apply(spec, params, *_whole_rows(spec, tokens, mask, segment_ids))[0]
+    return _apply(spec, params, *_whole_rows(spec, tokens, mask, segment_ids))[0][:, : tokens.shape[1]]
 
 
 def hidden_and_routing(
@@ -132,29 +163,33 @@ def hidden_and_routing(
     """`hidden`, and what the routers did in every layer, for `experts.with_load_balance`; None without experts."""
     inputs = _whole_rows(spec, tokens, mask, segment_ids)
     if spec.experts is None:
-        return _apply(spec, params, *inputs)[0], None
+        return _apply(spec, params, *inputs)[0][:, : tokens.shape[1]], None
     (states, _), left = _apply(spec, params, *inputs, mutable=[ROUTER])
     (routing,) = left[ROUTER]["layers"]["mlp"]["routing"]
-    return states, routing
+    return jax.tree.map(lambda x: x[..., : tokens.shape[1], :], (states, routing))
 
 
 def _whole_rows(spec, tokens, mask, segment_ids):
-    """What the transformer reads of rows without a cache."""
+    """What the transformer reads of rows without a cache: padded where their parts would not be of one length."""
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    if short := -tokens.shape[1] % splits("length"):
+        tokens, mask = (jnp.pad(x, ((0, 0), (0, short))) for x in (tokens, mask))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, short)))
     positions = mask_positions(mask)
     attends = _attends(spec, mask, positions, mask, positions, offset=0)
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         attends = tuple(attend & same for attend in attends)
         positions = _positions_in_segments(segment_ids, positions)
+    attends = tuple(constrain(attend, "batch", "length", None) for attend in attends)
     return tokens, positions, attends
 
 
 def unembed(spec: ModelSpec, params: Params, hidden_states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits, float32, of hidden states."""
     table = params["embedding"].T if spec.tied else params["unembedding"]
-    flat = hidden_states.reshape(-1, spec.d_model)
-    out = jnp.matmul(flat, table.astype(flat.dtype), preferred_element_type=jnp.float32)
+    states = flat(to_weights(hidden_states, "embed"))
+    out = jnp.matmul(states, table.astype(states.dtype), preferred_element_type=jnp.float32)
     out = out.reshape(*hidden_states.shape[:-1], spec.vocab_size)
     return out if spec.logits_softcap is None else spec.logits_softcap * jnp.tanh(out / spec.logits_softcap)
 

@@ -120,11 +120,12 @@ class Estimate:
 def estimate(program: Program, useful: Program, mesh: Mesh, chip: Chip, *, options: dict[str, Any]) -> Estimate:
     """Compile a program for the mesh's devices and read what came out.
 
-    `useful` is the same program of a model without rematerialisation, for its FLOPs alone.
+    `useful` is the same program of a model without rematerialisation, for its FLOPs alone; it is traced without the
+    mesh, so that turns in which a stage of the pipeline waits are not among them.
     """
+    again = useful.function.trace(*useful.args)
     with sharding.scope(mesh):
         traced = program.function.trace(*program.args)
-        again = useful.function.trace(*useful.args)
         products = flops.count(traced.jaxpr, decode_steps=program.decode_steps, whole=program.name)
         once = flops.count(again.jaxpr, decode_steps=program.decode_steps).total()
         began = time.monotonic()

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import onpolicy, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import iterations, ppo, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -25,6 +24,7 @@ from rlhf_jax.interop.load import FromPretrained
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.models import ModelSpec, lora, quantized
 from rlhf_jax.models.spec import DType
+from rlhf_jax.placement import Colocated
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
 from rlhf_jax.types import Params, PreferenceBatch, Rollout
@@ -133,15 +133,17 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
     spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
+    if config.placement != Colocated():
+        raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
     algorithm = ppo.Algorithm(config, spec, **ENDS)
     state = ppo.initial_state(algorithm, context, name)
-    frozen = onpolicy.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
     kept = _roles(frozen, state.policy, state.critic)
     cache = _cache_bytes(context, b, p + n)
-    for part, function in onpolicy.programs(algorithm, state).items():
+    for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
         yield Program(
             *(name, part, function, (state, frozen, inputs[part]), kept, config.steps, b * (p + n)),
@@ -183,8 +185,8 @@ def _rollout(context: Context, b: int, t: int) -> Rollout:
 
 def _cache_bytes(context: Context, batch: int, length: int) -> int:
     cache = jax.eval_shape(functools.partial(models.init_cache, context.spec, batch, length))
-    boxes = [nn.LogicallyPartitioned(x, CACHE_AXES) for x in (cache.keys, cache.values)]
-    return device_bytes(sharding.in_shards(sharding.shardings(context.mesh, boxes), sharding.unbox(boxes)))
+    place = sharding.decoding_layout(context.mesh, cache.keys.shape, CACHE_AXES)
+    return device_bytes([_struct(x.shape, x.dtype, place) for x in (cache.keys, cache.values)])
 
 
 def _batch(context: Context, shape: tuple[int, ...], dtype: Any) -> Any:

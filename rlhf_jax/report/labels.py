@@ -55,12 +55,16 @@ LABELS = {
     "score_mean": Label("mean of scores as trained"),
     "score_std": Label("standard deviation of scores as trained"),
     "seq_kl": Label("KL to reference", "nats per sequence"),
+    "skipped": Label("bad updates left out", "count"),
     "skipped_updates": Label("updates skipped", "count"),
+    "stale_kl": Label("KL from the policy that wrote to the one that learns", "nats per token"),
+    "staleness": Label("age of rollouts", "optimiser steps"),
     "steps": Label("steps"),
     "tokens_per_second": Label("speed", "tokens per second"),
     "vader": Label("VADER", "compound, −1 to 1"),
     "value_clipped": Label("values clipped", "share of tokens"),
     "value_loss": Label("value loss"),
+    "weights_cut": Label("importance weights cut", "share of tokens"),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from rlhf_jax import models, sharding
+from rlhf_jax import hosts, models, sharding
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.types import Params
 
@@ -18,9 +18,9 @@ class RewardNetwork:
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, *, length: int, pad_id: int, batch_size: int = 64) -> None:
         """Rows may have at most `length` tokens; `batch_size`, read at once, is filled up to what the mesh divides."""
-        shards = sharding.batch_shards(dict(mesh.shape))
+        multiple = sharding.row_multiple(mesh)
         self._mesh, self._length, self._pad_id = mesh, length, pad_id
-        self._batch_size = math.ceil(batch_size / shards) * shards
+        self._batch_size = math.ceil(batch_size / multiple) * multiple
         self._score = jax.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
 
     def __call__(self, params: Params, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, " n"]:
@@ -35,5 +35,5 @@ class RewardNetwork:
                 mask[i, : len(row)] = True
             with sharding.scope(self._mesh):
                 batch = sharding.shard_batch(self._mesh, (tokens, mask))
-                scores[start : start + len(part)] = np.asarray(self._score(params, *batch))[: len(part)]
+                scores[start : start + len(part)] = hosts.fetch(self._score(params, *batch))[: len(part)]
         return scores

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from rlhf_jax import sharding
+from rlhf_jax import hosts, sharding
 from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import ModelSpec
@@ -72,7 +72,7 @@ class Sampler:
     def batches(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[list[Sample]]:
         """One completion a prompt, in order, a batch at a time."""
         for index, (rollout, count) in enumerate(self.rollouts(params, prompts, key)):
-            tokens, mask = jax.device_get((rollout.tokens, rollout.completion_mask))
+            tokens, mask = hosts.fetch((rollout.tokens, rollout.completion_mask))
             start = index * self._batch_size
             completions = [tokens[row][mask[row]].tolist() for row in range(count)]
             yield [

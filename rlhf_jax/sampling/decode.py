@@ -13,7 +13,7 @@ from rlhf_jax import models
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.sampling.transforms import Sampling, draw_token, transform_logits
-from rlhf_jax.sharding import constrain
+from rlhf_jax.sharding import constrain, decoding
 from rlhf_jax.types import ArrayLike, Key, Params, Rollout
 
 CACHE_AXES = (None, "batch", None, "kv", None)
@@ -36,11 +36,16 @@ def generate(
 
     A row ends with EOS, which its completion includes, or after `max_new_tokens`. `logps` hold the temperature, but not
     top-k and top-p. What a row draws depends on the key, its index and the position alone, not on the other rows.
+
+    On a mesh rows and weights lie as its `decode` says, and the rollout as a batch does.
     """
     b, p = prompts.shape
     length = p + max_new_tokens
-    cache = _constrained(models.init_cache(spec, b, length))
-    states, cache = models.extend(spec, params, prompts, prompt_mask, cache)
+    with decoding(prompts=True):
+        params = models.decoding_weights(spec, params)
+        prompts, prompt_mask = (constrain(jnp.asarray(x), "batch", None) for x in (prompts, prompt_mask))
+        cache = _constrained(models.init_cache(spec, b, length))
+        states, cache = models.extend(spec, params, prompts, prompt_mask, cache)
     row_keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(b))
 
     def draw(t: Array, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
@@ -51,6 +56,7 @@ def generate(
         t, alive = carry[0], carry[1]
         return (t < max_new_tokens) & jnp.any(alive)
 
+    @decoding()
     def step(carry: Any) -> Any:
         t, alive, tokens, mask, logps, state, cache = carry
         logits = models.unembed(spec, params, state)
@@ -67,6 +73,7 @@ def generate(
     first = (jnp.zeros((), jnp.int32), jnp.ones((b,), bool), tokens, *empty, states[:, -1], cache)
     _, _, tokens, mask, logps, _, _ = jax.lax.while_loop(unfinished, step, first)
     prompt_mask = jnp.pad(prompt_mask, ((0, 0), (0, max_new_tokens)))
+    tokens, prompt_mask, mask, logps = (constrain(x, "batch", None) for x in (tokens, prompt_mask, mask, logps))
     return Rollout(tokens=tokens, prompt_mask=prompt_mask, completion_mask=mask, logps=logps)
 
 

@@ -12,7 +12,7 @@ from rlhf_jax.data.reviews import MovieReviews, Reviews
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.tokenizers import train_sentencepiece
 from rlhf_jax.models import ModelSpec
-from rlhf_jax.sharding import MeshConfig, make_mesh
+from rlhf_jax.sharding import make_mesh
 
 SPEC = ModelSpec(vocab_size=512, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64, max_len=64)
 
@@ -60,12 +60,6 @@ def make_context(tmp_path, pretrained, some_reviews, monkeypatch):
         return Context(tmp_path / name, seed, mesh, pretrained, some_reviews)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def meshes():
-    """The meshes that every stage must agree on with one device; the tests' eight devices fill them."""
-    return [MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)]
 
 
 def put_stages(context, *, seed=3):

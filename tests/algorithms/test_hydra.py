@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import onpolicy, ppo, reward_model, sft
+from rlhf_jax.algorithms import iterations, ppo, reward_model, sft
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.onpolicy import ValueHead
@@ -74,7 +74,7 @@ def test_ppo_holds_the_base_once_and_moments_for_what_trains(context):
     tokenizer = context.tokenizer
     algorithm = ppo.Algorithm(PPO, HYDRA, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     state = ppo.initial_state(algorithm, context, "ppo")
-    frozen = onpolicy.frozen(context, policy="base", reward="reward_model")
+    frozen = iterations.frozen(context, policy="base", reward="reward_model")
     assert frozen.reference == {}  # the base itself, its adapters off
     adapters, trunk = sizes(lora.own(HYDRA, state.policy.params)), sizes(context.base)
     assert sizes(state.policy.params) == adapters and sizes(state.policy.opt_state) == 2 * adapters

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import onpolicy, ppo, prompting
+from rlhf_jax.algorithms import iterations, onpolicy, ppo, prompting
 from rlhf_jax.algorithms.onpolicy import ValueHead
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.data.sources import Jsonl
@@ -67,9 +67,15 @@ def setup(context, config):
     put_stages(context)
     tokenizer = context.tokenizer
     algorithm = ppo.Algorithm(config, context.spec, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    frozen = onpolicy.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
     batches = prompting.prompt_batches(prompting.load_prompts(config, context, "ppo").train, config, context)
     return algorithm, ppo.initial_state(algorithm, context, "ppo"), frozen, batches
+
+
+def step_of(algorithm, state, frozen, context, scorer):
+    """An iteration of (state, prompts, their rows)."""
+    run = iterations.Whole(algorithm, state, iterations.Places(context, context), frozen, scorer)
+    return lambda state, prompts, rows: run(state, iter([(prompts, rows)]), last=False)
 
 
 def test_a_function_takes_the_iterations_of_the_network_that_says_the_same(make_context, rows):
@@ -87,15 +93,14 @@ def test_a_function_takes_the_iterations_of_the_network_that_says_the_same(make_
         return np.asarray(models.score(SPEC, frozen.reward, rollouts[-1].tokens, rollouts[-1].mask))
 
     rollouts = []
-    one = onpolicy.make_iteration(whole, state, context, None)
-    two = onpolicy.make_iteration(by_host, state, context, scorer)
+    one, two = (step_of(algorithm, state, frozen, context, by) for algorithm, by in ((whole, None), (by_host, scorer)))
     other = jax.tree.map(lambda x: x.copy(), state)
-    compiled_sample = jax.jit(whole.sample)
+    compiled_sample = jax.jit(lambda state, *args: whole.sample(iterations.behaviour(state.policy), *args))
     for _ in range(2):
         prompts, of = next(batches)
         rollouts.append(compiled_sample(other, frozen, prompts))
-        state, metrics, rollout = one(state, frozen, prompts, of)
-        other, other_metrics, other_rollout = two(other, frozen, prompts, of)
+        state, metrics, rollout = one(state, prompts, of)
+        other, other_metrics, other_rollout = two(other, prompts, of)
         np.testing.assert_array_equal(rollout.tokens, other_rollout.tokens)
         for name, value in metrics.items():
             assert float(other_metrics[name]) == pytest.approx(float(value), abs=1e-5), name
@@ -110,10 +115,10 @@ def test_a_function_takes_the_iterations_of_the_network_that_says_the_same(make_
 def test_nothing_is_compiled_after_the_first_iteration(make_context, rows):
     context = make_context()
     algorithm, state, frozen, batches = setup(context, change(data=rows))
-    iteration = onpolicy.make_iteration(algorithm, state, context, lambda texts: np.ones(len(texts), np.float32))
-    state, _, _ = iteration(state, frozen, *next(batches))
+    iteration = step_of(algorithm, state, frozen, context, lambda texts: np.ones(len(texts), np.float32))
+    state, _, _ = iteration(state, *next(batches))
     with no_compiling():
-        _, metrics, _ = iteration(state, frozen, *next(batches))
+        _, metrics, _ = iteration(state, *next(batches))
     assert float(metrics["score"]) == 1.0
 
 
@@ -123,10 +128,10 @@ def test_a_new_critic_says_nothing_at_first_and_then_learns(make_context, rows):
     trunk = context.policy_params("sft")
     for a, b in zip(jax.tree.leaves(state.critic.params["trunk"]), jax.tree.leaves(trunk), strict=True):
         np.testing.assert_array_equal(a, b)
-    iteration = onpolicy.make_iteration(algorithm, state, context, lambda texts: np.ones(len(texts), np.float32))
-    state, _, rollout = iteration(state, frozen, *next(batches))
+    iteration = step_of(algorithm, state, frozen, context, lambda texts: np.ones(len(texts), np.float32))
+    state, _, rollout = iteration(state, *next(batches))
     assert not np.asarray(rollout.values).any() and np.asarray(rollout.scores).tolist() == [1.0] * 16
-    values = [iteration(state, frozen, *next(batches))[2].values.sum()]
+    values = [iteration(state, *next(batches))[2].values.sum()]
     assert values[0] > 0  # towards the score of 1
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import onpolicy, ppo
+from rlhf_jax.algorithms import iterations, ppo
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.data.reviews import MovieReviews
@@ -32,7 +32,7 @@ def held_bytes(folder, path, lora):
     algorithm = ppo.Algorithm(ppo.Config(policy="base"), model.spec, eos_id=2, pad_id=3)
     networks = (
         ppo.initial_state(algorithm, context, "ppo"),
-        onpolicy.frozen(context, policy="base", reward="reward_model"),
+        iterations.frozen(context, policy="base", reward="reward_model"),
     )
     if lora is None:  # in place by now; with adapters it is the base that all share
         del model, context

@@ -17,6 +17,7 @@ from rlhf_jax.data.sources import Jsonl, Mixture
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
 from tests.algorithms.conftest import SPEC
 from tests.compiling import no_compiling
@@ -127,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(make_context):
     assert not (context.stage_dir("sft") / "params").exists()
 
 
-def test_microbatches_and_meshes_take_the_same_steps(make_context, meshes):
+def test_microbatches_on_a_mesh_take_the_same_steps(make_context):
     optimizer = Optimizer(learning_rate=1e-2).make(3)
     loss_fn = supervised.language_model_loss(SPEC)
 
@@ -149,11 +150,10 @@ def test_microbatches_and_meshes_take_the_same_steps(make_context, meshes):
         return losses, params
 
     losses, params = three_steps(make_context())
-    others = [three_steps(make_context(), 4), *(three_steps(make_context(mesh=mesh)) for mesh in meshes)]
-    for other_losses, other_params in others:
-        np.testing.assert_allclose(other_losses, losses, atol=1e-5)
-        for a, b in zip(params, other_params, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4)
+    other_losses, other_params = three_steps(make_context(mesh=MeshConfig(fsdp=2, pipeline=2, tensor=2)), 2)
+    np.testing.assert_allclose(other_losses, losses, atol=1e-5)
+    for a, b in zip(params, other_params, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_texts_that_cannot_be_cut_are_refused(make_context, tmp_path):

@@ -92,16 +92,20 @@ def test_weights_are_kept_and_parts_come_round_evenly(parts, seed):
         assert max(times) - min(times) <= 1 and (len(own) < len(mixed.parts[part])) <= (max(times) == 1)
 
 
+SHARDS = [Shard(), Shard(1, 3), Shard(3, 4)]
+
+
 @settings(deadline=None, derandomize=True, max_examples=20)
-@given(st.sampled_from(sorted(MAKERS)), st.integers(0, 40), st.sampled_from([Shard(), Shard(1, 3)]))
-def test_resuming_at_any_step_goes_on_bit_for_bit(kind, steps, shard):
-    first, second = MAKERS[kind](shard), MAKERS[kind](shard)
+@given(st.sampled_from(sorted(MAKERS)), st.integers(0, 40), st.sampled_from(SHARDS), st.sampled_from(SHARDS))
+def test_resuming_at_any_step_goes_on_bit_for_bit_with_any_number_of_processes(kind, steps, before, after):
+    whole, first, second = (MAKERS[kind](shard) for shard in (Shard(), before, after))
     for _ in range(steps):
-        next(first)
+        next(whole), next(first)
+    assert first.get_state() == whole.get_state()  # a place in the whole batches, which every process knows
     second.set_state(json.loads(json.dumps(first.get_state())))
     for _ in range(3):
-        for a, b in zip(leaves(next(first)), leaves(next(second)), strict=True):
-            np.testing.assert_array_equal(a, b)
+        for a, b in zip(leaves(next(whole)), leaves(next(second)), strict=True):
+            np.testing.assert_array_equal(a[after.rows(12)], b)
 
 
 def test_seeds_repeat_and_differ_in_mixtures():

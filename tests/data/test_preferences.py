@@ -151,6 +151,16 @@ def test_writing_again_replaces_and_says_nothing_on_stdout(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_a_flipped_byte_is_found_and_the_groups_set_aside(tmp_path):
+    preferences.write(tmp_path, {"train": [group(1)], "heldout": [group(2)]})
+    assert preferences.set_aside_if_damaged(tmp_path) is None
+    path = next(tmp_path.rglob("*train*"))
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    line = preferences.set_aside_if_damaged(tmp_path)
+    assert line is not None and line.startswith(str(path)) and "preferences.damaged" in line
+    assert not preferences.exists(tmp_path) and preferences.set_aside_if_damaged(tmp_path) is None
+
+
 def test_a_write_that_fails_is_not_believed(tmp_path):
     def failing():
         yield group(1)

@@ -15,6 +15,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment, from_dict, ill_typed, to_dict
 from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.digests import write_sealed
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop import FromPretrained, Pretrained, Scratch, export, hf_folder, load_pretrained
 from rlhf_jax.interop.families import FAMILIES, Fields, layout
@@ -197,7 +198,7 @@ def workdir(tmp_path_factory):
     experiment = Experiment(Scratch(architecture), MovieReviews(), {}, seed=3)
     plain = to_dict(experiment) | {"stages": {"sft": {}, "ppo": {}, "reward_model": {}, "later": {}}}
     (folder / "config.json").write_text(json.dumps({"experiment": plain}))
-    (folder / TOKENIZER_FILE).write_bytes(Bundled().tokenizer(folder).model)
+    write_sealed(folder / TOKENIZER_FILE, Bundled().tokenizer(folder).model)
     for name in ("sft", "ppo"):
         save_params(folder / name / "params", random_params(models.init, architecture, name))
     save_params(folder / "reward_model" / "params", random_params(models.init_with_head, architecture, "reward"))
@@ -228,7 +229,7 @@ class TestRuns:
         experiment = Experiment(Scratch(spec), MovieReviews(), {}, seed=5)
         plain = to_dict(experiment) | {"stages": {"ppo": {}}}
         (tmp_path / "config.json").write_text(json.dumps({"experiment": plain}))
-        (tmp_path / TOKENIZER_FILE).write_bytes((workdir / TOKENIZER_FILE).read_bytes())
+        write_sealed(tmp_path / TOKENIZER_FILE, (workdir / TOKENIZER_FILE).read_bytes())
         whole = random_params(models.init, spec, "adapters")
         base = random_params(models.init, spec, "base")
         monkeypatch.setattr(Scratch, "load", lambda model, **_: Pretrained(spec, base, None))

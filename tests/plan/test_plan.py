@@ -80,7 +80,7 @@ def test_every_kind_of_chip_is_described(name):
 def test_two_slices_lie_along_the_data_axis():
     pod = topology.find("v5e:2x2", num_slices=2)
     mesh = sharding.make_mesh(MeshConfig(fsdp=4), pod.devices)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "expert": 1}
+    assert dict(mesh.shape) == dict.fromkeys(sharding.AXES, 1) | {"data": 2, "fsdp": 4}
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
     with pytest.raises(UserError, match=r"mesh\.data=1 must be a multiple of the 2 slices"):
         sharding.make_mesh(MeshConfig(fsdp=8), pod.devices)
@@ -89,7 +89,7 @@ def test_two_slices_lie_along_the_data_axis():
 @needs_libtpu
 def test_a_mesh_axis_takes_a_part_of_an_axis_of_the_torus():
     mesh = sharding.make_mesh(MeshConfig(fsdp=32, tensor=8), topology.find("v6e:16x16").devices)
-    assert mesh.devices.shape == (1, 32, 8, 1)
+    assert mesh.devices.shape == (1, 1, 32, 1, 1, 8)
     assert len({tuple(device.coords) for device in mesh.devices.flat}) == 256
     with pytest.raises(UserError, match="mesh asks for a multiple of 3 devices, 16 found"):
         plan(experiment(mesh=MeshConfig(fsdp=3)), "v5e:4x4")

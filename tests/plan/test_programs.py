@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import onpolicy, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import iterations, onpolicy, ppo, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.checkpoint import save_params
@@ -72,9 +72,9 @@ def a_run_of(context):
     yield "reward_model.train", step, (state, batch, context.head_base)
     algorithm = ppo.Algorithm(STAGES["ppo"], context.spec, **programs.ENDS)
     state = ppo.initial_state(algorithm, context, "ppo")
-    frozen = onpolicy.frozen(context, policy="sft", reward="reward_model")
+    frozen = iterations.frozen(context, policy="sft", reward="reward_model")
     prompts = np.zeros((64, 8), np.int32)
-    iteration = onpolicy.programs(algorithm, state)["iteration"]
+    iteration = iterations.programs(algorithm, state)["iteration"]
     yield "ppo.iteration", iteration, (state, frozen, put(PromptBatch(prompts, prompts > 0)))
 
 

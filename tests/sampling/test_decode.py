@@ -10,8 +10,12 @@ import pytest
 from rlhf_jax import models, sharding
 from rlhf_jax.logprobs import next_token_logps
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.plan import hlo
+from rlhf_jax.plan.collectives import collectives
 from rlhf_jax.sampling import Sampling, ended, generate
 from rlhf_jax.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 EOS, PAD = 3, 0
 SPEC = ModelSpec(vocab_size=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_len=32)
@@ -29,9 +33,13 @@ def prompts(b=8, p=6):
     return np.where(mask, tokens, PAD), mask
 
 
-def sample(params, tokens, mask, key=7, *, spec=SPEC, sampling=None, new=12):
+def sampler(spec, sampling=None, new=12):
     fixed = {"max_new_tokens": new, "sampling": sampling or Sampling(), "eos_id": EOS, "pad_id": PAD}
-    return jax.jit(partial(generate, spec, **fixed))(params, tokens, mask, jax.random.key(key))
+    return jax.jit(partial(generate, spec, **fixed))
+
+
+def sample(params, tokens, mask, key=7, *, spec=SPEC, sampling=None, new=12):
+    return sampler(spec, sampling, new)(params, tokens, mask, jax.random.key(key))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -91,12 +99,29 @@ def test_stops_when_all_rows_have_ended(params, monkeypatch):
     assert longest < 26  # so that it did stop early
 
 
-def test_sharded_sampling_equals_unsharded(params):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=2, pipeline=2, tensor=2),
+        MeshConfig(data=1, fsdp=2, pipeline=2, tensor=2, decode="split"),
+        MeshConfig(data=2, fsdp=2, sequence=2, decode="split"),
+    ],
+    ids=["gathered", "split with stages", "split"],
+)
+def test_a_mesh_samples_what_one_device_does_and_moves_no_weights_at_a_token(params, mesh):
+    config, mesh = mesh, make_mesh(mesh)
     layout = sharding.shardings(mesh, jax.eval_shape(partial(models.init, SPEC), jax.random.key(0)))
     alone = sample(params, *prompts())
     with sharding.scope(mesh):
-        spread = sample(jax.device_put(params, layout), *sharding.shard_batch(mesh, prompts()))
+        inputs = (jax.device_put(params, layout), *sharding.shard_batch(mesh, prompts()), jax.random.key(7))
+        program = sampler(SPEC).lower(*inputs).compile()
+        spread = program(*inputs)
     np.testing.assert_array_equal(alone.tokens, spread.tokens)
     np.testing.assert_allclose(alone.logps, spread.logps, atol=1e-5)
     assert len(spread.tokens.sharding.device_set) == 8
+    each_token = [one for one in collectives(hlo.parse(program.as_text()), mesh) if one.times >= 12]
+    # What a gather of the smallest kernel, of keys or values, over the four devices that split it would send.
+    smallest = 3 / 4 * 4 * 32 * 2 * 8 / config.tensor
+    assert all(one.bytes < smallest for one in each_token if one.kind == "all-gather")
+    if config.decode == "gathered":
+        assert {axis for one in each_token for axis in one.axes} == {"tensor"}

@@ -1,0 +1,38 @@
+"""Where a policy's weights lie while it samples: moved once, before the loop over tokens reads them at each turn."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from rlhf_jax import sharding
+from rlhf_jax.models import quantized, transformer
+from rlhf_jax.models.quantized import Quantized
+from rlhf_jax.models.spec import PROJECTIONS, ModelSpec
+from rlhf_jax.types import Params
+
+
+def decoding_weights(spec: ModelSpec, params: Params) -> Params:
+    """A transformer's parameters, laid out by the rules of `sharding.decoding`, to be read with `extend` alone.
+
+    A matrix that moves goes in the type that products cast it to, so that all numbers stay as they are. Where the
+    rules move nothing, as on one device, the parameters are given back.
+    """
+    boxed = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
+    names = {path: leaf.names for path, leaf in leaves if _is_box(leaf)}
+
+    def one(path: tuple, leaf: Any) -> Any:
+        if path not in names or not sharding.moves(names[path]):
+            return leaf
+        if isinstance(leaf, Quantized):
+            axes = quantized.block_axes(spec, path, names[path])
+            return jax.tree.map(lambda part: sharding.constrain(part, *axes), leaf)
+        product = path[-1].key in (*PROJECTIONS, "unembedding")
+        return sharding.constrain(leaf.astype(spec.dtype) if product else leaf, *names[path])
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+def _is_box(leaf: object) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
