@@ -145,7 +145,7 @@ def test_several_losses_are_added_pair_by_pair(params, groups):
     values = []
     for some in (terms, terms[:1], terms[1:]):
         config = preference.Config(**FIELDS, losses=some)
-        loss, metrics = preference.preference_loss(SPEC, config)(params[0], batch, {}, jax.random.key(0))
+        loss, _ = preference.preference_loss(SPEC, config)(params[0], batch, {}, jax.random.key(0))
         values.append(float(loss.value))
     assert values[0] == pytest.approx(values[1] + values[2], rel=1e-6)
 
