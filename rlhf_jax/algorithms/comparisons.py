@@ -87,7 +87,7 @@ def of(pairs: Pairs, context: Context, name: str, *, length: int) -> Comparisons
     """A stage's comparisons, in rows of at most `length` tokens."""
     if isinstance(pairs, SampledPairs):
         return sample(pairs, context, name)
-    return load(_source(pairs, context.data), context.tokenizer, length=length)
+    return load(source_of(pairs, context.data), context.tokenizer, length=length)
 
 
 def check_pairs(pairs: Pairs, data: Data) -> None:
@@ -95,10 +95,11 @@ def check_pairs(pairs: Pairs, data: Data) -> None:
     if isinstance(pairs, SampledPairs):
         check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
     else:
-        check_field("pairs", lambda: check(_source(pairs, data)))
+        check_field("pairs", lambda: check(source_of(pairs, data)))
 
 
-def _source(pairs: Source | None, data: Data) -> Source:
+def source_of(pairs: Source | None, data: Data) -> Source:
+    """A stage's own rows, or the experiment's; UserError where these are movie reviews."""
     return own_source(pairs, data, instead="pairs=SampledPairs() makes comparisons of them")
 
 

@@ -18,11 +18,12 @@ class Drawing:
     prompt_length: int
     """Columns of a prompt, BOS included."""
     completion_tokens: int
+    """Most tokens of a completion."""
     sampling: Sampling
-    temperature: float
-    """Of the log-probs in the KL, whichever one completions are sampled at."""
     batch_size: int
     """Completions at once."""
+    temperature: float | None = None
+    """Of the log-probs in the KL; none: that of `sampling`."""
 
 
 def sentiment_judges(context: Context) -> dict[str, Judge]:
@@ -60,6 +61,6 @@ def evaluate(
         context.key(f"{name}/evaluation"),
         reward=reward,
         judges=judges,
-        temperature=drawing.temperature,
+        temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )
     return [evaluation(params, reference) for params in policies]

@@ -1,4 +1,5 @@
-"""Learning from pairs without a reward model: DPO and its variants (Rafailov et al. 2023), by the losses' names.
+"""Learning from judgements, without a reward model: DPO and its kin on pairs (Rafailov et al. 2023), KTO and BCO on
+single completions (Ethayarajh et al. 2024; Jung et al. 2024), by the losses' names.
 
 The reference is the policy's start. Its log-probs are read once, before training, or again at each step, from weights
 that may follow the policy (TR-DPO, Gorbatovski et al. 2024).
@@ -14,47 +15,59 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import masking, models, sharding
-from rlhf_jax.algorithms import comparisons
+from rlhf_jax import guard, hosts, models, sharding
+from rlhf_jax.algorithms import comparisons, preference_heldout, thumbs
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
 from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.preference_losses import Side, Term, weighted
-from rlhf_jax.algorithms.reference import GroupLogps, Sync, completion_logps, with_reference
-from rlhf_jax.data.preference_batches import batch_groups, preference_batches
-from rlhf_jax.data.preferences import PreferenceGroup
+from rlhf_jax.algorithms.preference_heldout import HeldOut
+from rlhf_jax.algorithms.preference_losses import Term
+from rlhf_jax.algorithms.preference_objectives import beside, number, pair_loss, shifted, thumb_loss
+from rlhf_jax.algorithms.prompting import heldout_openings
+from rlhf_jax.algorithms.reference import CompletionLogps, Sync, completion_logps, with_reference
+from rlhf_jax.algorithms.thumbs import Thumbs
+from rlhf_jax.data.preference_batches import batch_groups, batch_thumbs, batches
+from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import TFDS, Data, HuggingFace, Jsonl, Mixture
+from rlhf_jax.data.text import fitted
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals.preferences import accuracy_interval
-from rlhf_jax.models import ModelSpec, lora
-from rlhf_jax.models.experts import with_load_balance
+from rlhf_jax.evals.policy import compare, write_samples
+from rlhf_jax.losses import RewardShift
+from rlhf_jax.models import lora
 from rlhf_jax.models.heads import box
+from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.train_step import compiled, in_parts, make_train_step, sharded_state
-from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, PreferenceBatch, TrainState
+from rlhf_jax.types import Hyper, Params, TrainState
+
+Judgements = Comparisons | Thumbs
+Step = Callable[..., tuple["State", dict[str, Any]]]
+"""(state, PreferenceBatch or ThumbBatch, base) -> (state, metrics)."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A policy from comparisons of completions."""
+    """A policy from judged completions."""
 
     init: str = "sft"
     """The stage whose policy it starts from, which is also the reference; or "base"."""
     pairs: SampledPairs | Jsonl | TFDS | HuggingFace | Mixture | None = field(default_factory=SampledPairs)
     """The comparisons: sampled and judged, rows of a source of its own, or, if None, the rows of the experiment's. Rows
-    have chosen and rejected, or completions with ranks or scores."""
+    have chosen and rejected, or completions with ranks or scores; for kto and bco they may have a completion and a
+    label."""
     losses: tuple[Term, ...] = (Term(),)
-    """What is made small: a loss of pairs, or a weighted sum of several."""
+    """What is made small: a loss of pairs, a weighted sum of several, or kto or bco."""
     reference: Sync | None = None
     """None: the reference stays as it is, and its log-probs are read once, before training."""
     steps: int = 200
     """Optimiser steps."""
     batch_size: int = 32
-    """Prompts a step, each with all its completions."""
+    """Prompts a step, each with all its completions; of kto and bco completions."""
     length: int = 49
     """Tokens of a row: BOS, prompt and completion; longer prompts lose their start."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-5))
@@ -63,15 +76,25 @@ class Config:
     """Parts that a batch's gradient is accumulated over."""
     evaluate_every: int = 50
     """Steps between held-out losses; the last step has one too."""
+    evaluation_prompts: int = 256
+    """Prompts that the first and the last policy complete: openings of test reviews, read by judges, where the pairs
+    are sampled; else at most so many held-out ones. 0: none."""
+    completion_tokens: int = 40
+    """Most tokens of such a completion of a source's prompts; of openings those of `pairs`."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How these are drawn."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
         names = ("steps", "batch_size", "length", "num_microbatches", "evaluate_every", "checkpoint_every")
-        check_positive(self, *names)
+        check_positive(self, *names, "completion_tokens")
+        require("evaluation_prompts", self.evaluation_prompts, "[0, inf)")
         known = [term.loss for term in self.losses]
         if not known or len(set(known)) < len(known):
             raise ValueError(f"losses: at least one, and each once, got {', '.join(known) or 'none'}")
+        if len(known) > 1 and any(term.is_of_thumbs for term in self.losses):
+            raise ValueError(f"losses: kto and bco read single completions and stand alone, got {', '.join(known)}")
         if self.batch_size % self.num_microbatches:
             raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
         if self.num_microbatches > 1 and any(term.is_across_batch for term in self.losses):
@@ -80,11 +103,22 @@ class Config:
             raise ValueError(f"reference: {', '.join(known)} read none; leave it None")
         if isinstance(self.pairs, SampledPairs) and self.pairs.length > self.length:
             raise ValueError(f"length={self.length} must hold BOS, prompt and completion of pairs: {self.pairs.length}")
+        if self._completes_rows and self.completion_tokens >= self.length:
+            raise ValueError(f"length={self.length} must exceed completion_tokens={self.completion_tokens}")
 
     @property
     def needs_reference(self) -> bool:
         """Whether a loss reads the reference."""
         return any(term.needs_reference for term in self.losses)
+
+    @property
+    def of_thumbs(self) -> Term | None:
+        """The loss of single completions, where it is one."""
+        return self.losses[0] if self.losses[0].is_of_thumbs else None
+
+    @property
+    def _completes_rows(self) -> bool:
+        return self.evaluation_prompts > 0 and not isinstance(self.pairs, SampledPairs)
 
     @property
     def produces(self) -> Kind:
@@ -97,8 +131,8 @@ class Config:
         return named("policy", init=self.init, **policy)
 
     def check_inputs(self, data: Data) -> None:
-        """The comparisons, or the labelled texts that they are made from."""
-        comparisons.check_pairs(self.pairs, data)
+        """The judgements, or the labelled texts that they are made from."""
+        (thumbs.check_thumbs if self.of_thumbs else comparisons.check_pairs)(self.pairs, data)
 
     def lengths(self) -> dict[str, int]:
         """A row."""
@@ -111,137 +145,139 @@ class Config:
 
 
 class State(flax.struct.PyTreeNode):
-    """All that changes: the policy, and a reference that follows it."""
+    """All that changes."""
 
     policy: TrainState
     reference: Params
-    """Empty where the reference stays as it is."""
+    """That follows the policy; empty where it stays as it is."""
+    shift: RewardShift | dict[str, Array]
+    """Of bco; empty without it."""
 
 
-def sides(batch: PreferenceBatch, logps: Float[Array, "b k"]) -> tuple[Side, Side]:
-    """The chosen and the rejected completions of all pairs, [b·p]."""
-    tokens = jnp.maximum(batch.completion_mask.sum(-1), 1).astype(jnp.float32)
-
-    def side(index: int) -> Side:
-        taken = (jnp.take_along_axis(x, batch.pairs[..., index], axis=1) for x in (logps, batch.ref_logps, tokens))
-        return Side(*(x.reshape(-1) for x in taken))
-
-    return side(0), side(1)
-
-
-def preference_loss(spec: ModelSpec, config: Config) -> LossFn:
-    """(params, PreferenceBatch with ref_logps, hyper, key) -> the weighted losses a pair, in nats."""
-
-    def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
-        del key
-        logps, routing, mask = completion_logps(spec, params, batch)
-        chosen, rejected = sides(batch, logps)
-        loss, diagnostics = weighted(config.losses, chosen, rejected, hyper)
-        judged = batch.weights.reshape(-1) > 0
-        found = {name: masking.token_mean(x, judged) for name, x in diagnostics.items()}
-        found |= {"chosen_logps": masking.token_mean(chosen.logps, judged)}
-        found |= {"rejected_logps": masking.token_mean(rejected.logps, judged)}
-        total = masking.token_mean(loss, judged)
-        total, added = with_load_balance(spec, total, routing, mask)
-        return total, found | added
-
-    return loss_fn
-
-
-def start(config: Config, context: Context, name: str) -> tuple[State, Callable[..., tuple[State, Metrics]]]:
+def start(config: Config, context: Context, name: str) -> tuple[State, Step]:
     """The state that training starts from, and its compiled step; of a context of shapes, both abstract."""
     spec, optimizer = context.spec, config.optimizer.make(config.steps)
     boxes = lora.own(spec, jax.eval_shape(partial(models.init, spec), jax.random.key(0)))
     hyper = {"learning_rate": config.optimizer.learning_rate}
-    for term in config.losses:
-        hyper |= term.hyper()
-    first = context.policy_params(config.init)
+    for one in config.losses:
+        hyper |= one.hyper()
     policy = sharded_state(
         context.mesh,
         partial(box, boxes=boxes),
-        first,
+        context.policy_params(config.init),
         optimizer,
         hyper,
         context.key(name),
         master=config.optimizer.master,
     )
-    # A copy of the policy: it is donated, and what the context gave is its own.
-    state = State(policy, {} if config.reference is None else jax.tree.map(jnp.copy, policy.params))
-    update = make_train_step(preference_loss(spec, config), optimizer, num_microbatches=config.num_microbatches)
+    term, follows = config.of_thumbs, config.reference
+    # Parameters of its own: those of the policy are donated.
+    reference = {} if follows is None else context.policy_params(config.init)
+    shift = context.replicated(RewardShift.init()) if term is not None and term.loss == "bco" else {}
+    state = State(policy, reference, shift)
+    loss_fn = pair_loss(spec, config.losses) if term is None else thumb_loss(spec, term)
+    update = make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches)
 
-    def step(state: State, batch: PreferenceBatch, base: Params) -> tuple[State, Metrics]:
-        reference = state.reference
-        if config.reference is not None:
-            whole = lora.merge(base, reference)
-            read = partial(completion_logps, spec, whole)
-            ref_logps = in_parts(lambda part: read(part)[0], batch, config.num_microbatches)
-            batch = dataclasses.replace(batch, ref_logps=ref_logps)
-        policy, metrics = update(state.policy, batch, base)
-        if config.reference is not None:
-            reference = config.reference.follow(reference, policy)
-        return State(policy, reference), metrics
+    def read(params: Params, batch: Any) -> Float[Array, "b k"]:
+        return in_parts(lambda part: completion_logps(spec, params, part)[0], batch, config.num_microbatches)
+
+    def step(state: State, batch: Any, base: Params) -> tuple[State, dict[str, Any]]:
+        before, reference, shift = state.policy, state.reference, state.shift
+        if follows is not None:
+            batch = dataclasses.replace(batch, ref_logps=read(lora.merge(base, reference), batch))
+        numbers: Hyper = {}
+        if term is not None:
+            other = beside(batch, own=False)
+            whole = lora.merge(base, before.params)
+            numbers = number(term, shift, lambda: (read(whole, other) - other.ref_logps)[:, 0])
+        policy, metrics = update(dataclasses.replace(before, hyper=before.hyper | numbers), batch, base)
+        policy = dataclasses.replace(policy, hyper=before.hyper)
+        if follows is not None:
+            reference = follows.follow(reference, policy)
+        if isinstance(shift, RewardShift):
+            shift = shifted(shift, batch, metrics)
+        return State(policy, reference, shift), metrics | numbers
 
     return state, compiled(step, state)
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
-    """Make or read the comparisons, read the reference's log-probs, train; the figures are for summary.json."""
-    data = comparisons.of(config.pairs, context, name, length=config.length)
-    if any(term.is_across_batch for term in config.losses):
-        _check_pairs(data, name)
+    """Make or read the judgements, read the reference's log-probs, train; the figures are for summary.json."""
+    data = _judgements(config, context, name)
     layout = {"pad_id": context.tokenizer.pad_id, "completions": data.completions, "length": config.length}
-    read = GroupLogps(context.spec, context.mesh, batch_size=config.batch_size, **layout)
-    train, heldout = data.train, data.heldout
+    make = partial(batch_thumbs if config.of_thumbs else batch_groups, **layout)
+    read = CompletionLogps(context.spec, context.mesh, make=make, batch_size=config.batch_size)
+    rows, heldout = data.train, data.heldout
     if config.needs_reference:
-        reference = lora.merge(context.base, context.policy_params(config.init))
         path, frozen = context.stage_dir(name) / "reference.npz", config.reference is None
-        train, heldout = with_reference(path, read, reference, (train if frozen else (), heldout), note=name)
-        train = train if frozen else data.train
+        splits = (heldout, rows) if frozen else (heldout,)
+        heldout, *own = with_reference(path, read, context.policy(config.init), splits, note=name)
+        rows = own[0] if frozen else rows
     state, step_fn = start(config, context, name)
     shard = sharding.process_shard(context.mesh)
-    batches = preference_batches(train, batch_size=config.batch_size, seed=context.seed, shard=shard, **layout)
+    drawn = batches(rows, make, batch_size=config.batch_size, seed=context.seed, shard=shard)
     share = config.optimizer.share(config.steps)
+    evaluation = partial(heldout_figures, config, context, read, heldout)
     loop = Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every)
     with loop, sharding.scope(context.mesh):
         loop.note(f"{name}: {data.counts.line()}")
-        state = loop.restore(state, batches)
+        state = loop.restore(state, drawn)
         for step in loop:
-            batch = next(batches)
+            batch = next(drawn)
             state, metrics = step_fn(state, sharding.local_batch(context.mesh, batch), context.base)
-            metrics["learning_rate"] = config.optimizer.learning_rate * jnp.asarray(share(step - 1))
+            metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
             if step % config.evaluate_every == 0 or step == config.steps:
-                metrics |= heldout_metrics(config, state, read, batch_groups(heldout, **layout), heldout, context)
-            loop.record(state, metrics, tokens=int(np.sum(batch.mask)))
-        figures = heldout_metrics(config, state, read, batch_groups(heldout, **layout), heldout, context)
+                metrics |= evaluation(state).means()
+            loop.record(state, metrics, tokens=int(np.sum(batch.mask)) * shard.count)
     finish(context, name, state.policy.params)
-    pairs = sum(len(group.pairs) for group in heldout)
-    low, high = accuracy_interval(float(figures["heldout_accuracy"]) * pairs, pairs)
-    return {
-        **{key: float(value) for key, value in figures.items()},
-        **{"heldout_accuracy_low": low, "heldout_accuracy_high": high, "steps": config.steps},
-        **data.counts.figures(),
-    }
+    figures = evaluation(state).summary() | guard.figures(state) | data.counts.figures()
+    return {**written(config, context, name, heldout, state.policy.params), **figures, "steps": config.steps}
 
 
-def heldout_metrics(
-    config: Config,
-    state: State,
-    read: GroupLogps,
-    batch: PreferenceBatch,
-    heldout: Sequence[PreferenceGroup],
-    context: Context,
-) -> Metrics:
-    """The loss of held-out pairs, and how often the policy ranks them as they were judged.
-
-    By the losses' own accuracy: of the implicit rewards where there is a reference, always the first one.
-    """
-    logps = read(lora.merge(context.base, state.policy.params), heldout)
-    loss, diagnostics = weighted(config.losses, *sides(batch, jnp.asarray(logps)), state.policy.hyper)
-    judged = batch.weights.reshape(-1) > 0
-    found = {"loss": loss, **{key: diagnostics[key] for key in ("accuracy", "margin") if key in diagnostics}}
-    return {f"heldout_{key}": masking.token_mean(x, judged).value for key, x in found.items()}
-
-
-def _check_pairs(data: Comparisons, name: str) -> None:
-    if any(len(group.pairs) != 1 for group in (*data.train, *data.heldout)):
+def _judgements(config: Config, context: Context, name: str) -> Judgements:
+    if config.of_thumbs is not None:
+        return thumbs.of(config.pairs, context, name, length=config.length, beside=config.of_thumbs.loss == "kto")
+    data = comparisons.of(config.pairs, context, name, length=config.length)
+    single = all(len(group.pairs) == 1 for group in (*data.train, *data.heldout))
+    if not single and any(term.is_across_batch for term in config.losses):
         raise UserError(f"stages.{name}.losses: aot sorts pairs across prompts, so each prompt must have one pair")
+    return data
+
+
+def heldout_figures(
+    config: Config, context: Context, read: CompletionLogps, heldout: Sequence[Any], state: State
+) -> HeldOut:
+    """What the policy makes of the held-out judgements, which have the log-probs of its start."""
+    logps = read(lora.merge(context.base, state.policy.params), heldout)
+    hyper, shift = hosts.fetch((state.policy.hyper, state.shift))
+    term = config.of_thumbs
+    if term is None:
+        return preference_heldout.of_pairs(config.losses, heldout, logps, hyper)
+    ratios = logps - np.asarray([row.ref_logps for row in heldout], np.float32)
+    found = number(term, shift, lambda: ratios[:, 1])
+    return preference_heldout.of_thumbs(term, heldout, ratios[:, 0], hyper | found)
+
+
+def written(config: Config, context: Context, name: str, heldout: Sequence[Any], last: Params) -> dict[str, float]:
+    """What the first and the last policy write for the same prompts, into samples.jsonl; the figures of both."""
+    pairs = config.pairs
+    if not config.evaluation_prompts:
+        return {}
+    if isinstance(pairs, SampledPairs):
+        drawing = Drawing(1 + pairs.prompt_tokens[1], pairs.completion_tokens, pairs.sampling, pairs.batch_size)
+        prompts = heldout_openings(context, name, tokens=pairs.prompt_tokens, count=config.evaluation_prompts)
+        judges = sentiment_judges(context)
+    else:
+        room = config.length - config.completion_tokens
+        drawing, judges = Drawing(room, config.completion_tokens, config.sampling, config.batch_size), {}
+        several = dict.fromkeys(tuple(fitted(row.prompt_tokens, (), length=room)[0]) for row in heldout)
+        some = list(several)[: config.evaluation_prompts]
+        prompts = [PromptRow(tokens, context.tokenizer.decode(list(tokens)), {}) for tokens in some]
+    first = context.policy(config.init)
+    policies = first, lora.merge(context.base, last)
+    before, after = evaluate(
+        drawing, context, name, policies, prompts=prompts, reference=first, reward={}, judges=judges
+    )
+    if hosts.is_writer():
+        write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
+    return compare(before, after)

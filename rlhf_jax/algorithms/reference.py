@@ -4,9 +4,9 @@ Shapes: b prompts, k completions of each, t tokens.
 """
 
 import dataclasses
+import hashlib
 import io
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax import models, sharding
+from rlhf_jax import digests, hosts, models, sharding
 from rlhf_jax.algorithms.context import check_positive
 from rlhf_jax.data.pipeline import by_part
-from rlhf_jax.data.preference_batches import batch_groups
-from rlhf_jax.data.preferences import PreferenceGroup
-from rlhf_jax.files import write_whole
+from rlhf_jax.data.preference_batches import Completed
 from rlhf_jax.logprobs import next_token_logps, sequence_logps
 from rlhf_jax.metrics import Progress
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.numerics import require
-from rlhf_jax.types import Params, PreferenceBatch, TrainState
+from rlhf_jax.types import Params, PreferenceBatch, ThumbBatch, TrainState
 
 
 @dataclass(frozen=True)
@@ -51,91 +49,99 @@ class Sync:
 
 
 def completion_logps(
-    spec: ModelSpec, params: Params, batch: PreferenceBatch
+    spec: ModelSpec, params: Params, batch: PreferenceBatch | ThumbBatch
 ) -> tuple[Float[Array, "b k"], Routing | None, Bool[Array, "r t"]]:
     """Log π of whole completions; what the routers of experts did, and the mask that they saw, a row a completion."""
-    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (batch.tokens, batch.mask, batch.completion_mask))
-    tokens, mask, counted = flat
+    b, k, t = batch.tokens.shape
+    tokens, mask, counted = (jnp.reshape(x, (b * k, t)) for x in (batch.tokens, batch.mask, batch.completion_mask))
     states, routing = models.hidden_and_routing(spec, params, tokens, mask)
     logps = next_token_logps(models.unembed(spec, params, states), tokens)
-    return sequence_logps(logps, counted).reshape(batch.tokens.shape[:2]), routing, mask
+    return sequence_logps(logps, counted).reshape(b, k), routing, mask
 
 
-class GroupLogps:
-    """log π of the completions of any number of groups, a batch at a time."""
+class CompletionLogps:
+    """log π of the completions of any number of rows, a batch at a time, in every process."""
 
     def __init__(
-        self, spec: ModelSpec, mesh: Mesh, *, pad_id: int, completions: int, length: int, batch_size: int
+        self, spec: ModelSpec, mesh: Mesh, *, make: Callable[[Sequence[Completed]], Any], batch_size: int
     ) -> None:
-        self._mesh, self._batch_size = mesh, batch_size
-        self._layout = {"pad_id": pad_id, "completions": completions, "length": length}
+        """`make` makes a batch of rows."""
+        self._mesh, self._make, self._batch_size = mesh, make, batch_size
         self._read = jax.jit(lambda params, batch: completion_logps(spec, params, batch)[0])
 
-    def __call__(self, params: Params, groups: Sequence[PreferenceGroup]) -> Float[np.ndarray, "n k"]:
-        """0 for completions that a group does not have."""
-        found = list(self.batches(params, groups))
-        return np.concatenate(found) if found else np.zeros((0, self._layout["completions"]), np.float32)
+    def __call__(self, params: Params, rows: Sequence[Completed]) -> Float[np.ndarray, "n k"]:
+        """0 for completions that a row does not have; there must be a row."""
+        return np.concatenate([*self.batches(params, rows)])
 
-    def batches(self, params: Params, groups: Sequence[PreferenceGroup]) -> Iterator[Float[np.ndarray, "b k"]]:
+    def batches(self, params: Params, rows: Sequence[Completed]) -> Iterator[Float[np.ndarray, "b k"]]:
         """The same, as they are read."""
-        for first in range(0, len(groups), self._batch_size):
-            some = [groups[i] for i in range(first, min(first + self._batch_size, len(groups)))]
+        for first in range(0, len(rows), self._batch_size):
+            some = [rows[i] for i in range(first, min(first + self._batch_size, len(rows)))]
             whole = some + [some[0]] * (self._batch_size - len(some))
-            batch = sharding.shard_batch(self._mesh, batch_groups(whole, **self._layout))
             with sharding.scope(self._mesh):
-                yield np.asarray(jax.device_get(self._read(params, batch)))[: len(some)]
+                found = self._read(params, sharding.shard_batch(self._mesh, self._make(whole)))
+            yield hosts.fetch(found)[: len(some)]
 
 
 def with_reference(
-    path: Path, read: GroupLogps, reference: Params, splits: Sequence[Sequence[PreferenceGroup]], *, note: str
-) -> list[Sequence[PreferenceGroup]]:
-    """The splits' groups with the reference's log-probs, which are read once and kept in a file."""
-    logps = _kept(path, [len(groups) for groups in splits])
-    if logps is None:
-        logps = []
+    path: Path, read: CompletionLogps, reference: Params, splits: Sequence[Sequence[Any]], *, note: str
+) -> list[Sequence[Any]]:
+    """The splits' rows with the reference's log-probs, which are read once and kept in a file.
+
+    A file that is not as it was written, or of other rows, is read anew.
+    """
+    digest = _digest(splits)
+    if not hosts.from_writer(lambda: _is_kept(path, digest)):
+        logps, done = {}, 0
         with Progress(f"{note}: reference", sum(map(len, splits))) as progress:
-            done = 0
-            for groups in splits:
+            for index, rows in enumerate(splits):
                 found = []
-                for some in read.batches(reference, groups):
+                for some in read.batches(reference, rows):
                     found.append(some)
                     progress.update(done := done + len(some), {})
-                logps.append(np.concatenate(found) if found else np.zeros((0, 0), np.float32))
+                logps[f"split{index}"] = np.concatenate(found)
         content = io.BytesIO()
-        np.savez(content, *logps)
-        write_whole(path, content.getvalue())
-    return [_attach(groups, rows) for groups, rows in zip(splits, logps, strict=True)]
+        np.savez(content, digest=digest, **logps)
+        hosts.from_writer(lambda: digests.write_sealed(path, content.getvalue()))
+    with np.load(path) as file:
+        return [_attach(rows, file[f"split{index}"]) for index, rows in enumerate(splits)]
 
 
-def _kept(path: Path, lengths: Sequence[int]) -> list[np.ndarray] | None:
-    """What an earlier session wrote, if all of it is there; a damaged file is read again."""
-    try:
-        with np.load(path) as file:
-            logps = [file[name] for name in file.files]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError):
-        return None
-    return logps if [len(rows) for rows in logps] == list(lengths) else None
+def _is_kept(path: Path, digest: str) -> bool:
+    if not digests.is_whole(path):
+        return False
+    with np.load(path) as file:
+        return str(file["digest"]) == digest
 
 
-def _attach(groups: Sequence[PreferenceGroup], logps: Float[np.ndarray, "n k"]) -> Sequence[PreferenceGroup]:
-    rows = iter(logps)
+def _digest(splits: Sequence[Sequence[Completed]]) -> str:
+    """Of all tokens."""
+    found = hashlib.blake2b(digest_size=16)
+    for rows in splits:
+        for row in rows:
+            found.update(repr((tuple(row.prompt_tokens), row.completion_tokens)).encode())
+    return found.hexdigest()
 
-    def part(own: Sequence[PreferenceGroup]) -> Sequence[PreferenceGroup]:
-        return _WithLogps(own, np.asarray([next(rows) for _ in range(len(own))]))
 
-    return by_part(groups, part)
+def _attach(rows: Sequence[Any], logps: Float[np.ndarray, "n k"]) -> Sequence[Any]:
+    each = iter(logps)
+
+    def part(own: Sequence[Any]) -> Sequence[Any]:
+        return _WithLogps(own, np.asarray([next(each) for _ in range(len(own))]))
+
+    return by_part(rows, part)
 
 
-class _WithLogps(Sequence[PreferenceGroup]):
-    """Groups with a row of log-probs each."""
+class _WithLogps(Sequence[Any]):
+    """Rows with log-probs each."""
 
-    def __init__(self, groups: Sequence[PreferenceGroup], logps: np.ndarray) -> None:
-        self._groups, self._logps = groups, logps
+    def __init__(self, rows: Sequence[Any], logps: np.ndarray) -> None:
+        self._rows, self._logps = rows, logps
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return dataclasses.replace(self._groups[index], ref_logps=tuple(self._logps[index].tolist()))
+        return dataclasses.replace(self._rows[index], ref_logps=tuple(self._logps[index].tolist()))

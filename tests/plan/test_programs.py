@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import iterations, onpolicy, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import iterations, onpolicy, ppo, preference, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.checkpoint import save_params
@@ -130,9 +130,23 @@ def test_a_reward_on_the_host_parts_the_iteration():
     assert [one.name for one in found] == ["sample", "learn", "decode"]
 
 
+@pytest.mark.parametrize(("loss", "completions"), [("dpo", 3), ("kto", 2), ("bco", 1)])
+def test_a_policy_from_judgements(loss, completions):
+    pairs = SampledPairs(policy="base", completions=3, completion_tokens=20)
+    config = preference.Config(init="base", pairs=pairs, losses=(preference.Term(loss),), reference=preference.Sync())
+    (one,) = programs.programs(experiment(stages={"x": config}), mesh := sharding.make_mesh(MESHES[0]))
+    assert one.tokens == 32 * completions * 49 and one.calls == 200
+    held = estimate.argument_bytes(one)
+    assert held["frozen"] == held["parameters"]  # the reference that follows
+    with sharding.scope(mesh):
+        assert one.function.lower(*one.args).as_text()
+
+
 def test_pretraining_is_known_and_another_stage_is_named():
     mesh = sharding.make_mesh(MESHES[0])
     (one,) = programs.programs(experiment(stages={"lm": pretrain.Config(batch_size=8, heldout_rows=8)}), mesh)
     assert one.name == "train"
-    with pytest.raises(UserError, match=r"stages\.toy: plan knows pretrain, sft, reward_model, ppo, not toys"):
+    with pytest.raises(
+        UserError, match=r"stages\.toy: plan knows pretrain, sft, reward_model, preference, ppo, not toys"
+    ):
         programs.programs(experiment(stages={"toy": ToyStage()}), mesh)
