@@ -3,7 +3,8 @@
     rlhf-jax run configs/gsm8k_kto.py --data.path thumbs.jsonl      (2 CPU cores, MINUTES)
 
 The file has a row a line with question, solution and is_correct (true or false), as the example solutions of GSM8K
-(Cobbe et al. 2021, github.com/openai/grade-school-math) have them; other names go by `--data.fields`. FIGURES
+(Cobbe et al. 2021, github.com/openai/grade-school-math) have them; other names go by `--data.fields.prompt` and so on.
+FIGURES
 """
 
 from rlhf_jax.algorithms import preference

@@ -171,8 +171,7 @@ def start(config: Config, context: Context, name: str) -> tuple[State, Step]:
         master=config.optimizer.master,
     )
     term, follows = config.of_thumbs, config.reference
-    # Parameters of its own: those of the policy are donated.
-    reference = {} if follows is None else context.policy_params(config.init)
+    reference = {} if follows is None else jax.tree.map(_copied, context.policy_params(config.init))
     shift = context.replicated(RewardShift.init()) if term is not None and term.loss == "bco" else {}
     state = State(policy, reference, shift)
     loss_fn = pair_loss(spec, config.losses) if term is None else thumb_loss(spec, term)
@@ -199,6 +198,11 @@ def start(config: Config, context: Context, name: str) -> tuple[State, Step]:
         return State(policy, reference, shift), metrics | numbers
 
     return state, compiled(step, state)
+
+
+def _copied(leaf: Any) -> Any:
+    """An array of the state's own, to donate; a shape as it is."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.copy()
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class HeldOut:
         """With 95% intervals over prompts, and what ranking by the lengths alone, the longer or the shorter, gives."""
         name, statistic = self.by_length
         longer = statistic(np.ones(len(self.prompts)))
-        return self._read(intervals=True) | {f"heldout_{name}_by_length": max(longer, 1 - longer)}
+        by_length = {f"heldout_{name}_by_length": max(longer, 1 - longer)} if name in self.figures else {}
+        return self._read(intervals=True) | by_length
 
     def _read(self, *, intervals: bool) -> dict[str, float]:
         found: dict[str, float] = {}

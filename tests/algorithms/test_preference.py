@@ -123,7 +123,7 @@ def test_microbatches_on_a_mesh_take_the_same_steps(loss, make_context, rows):
     for name, mesh, parts in (("one", None, 1), ("many", MeshConfig(data=2, fsdp=2), 2)):
         context = make_context(name, mesh=mesh)
         put_stages(context)
-        fields = FIELDS | {"steps": 4, "num_microbatches": parts}
+        fields = FIELDS | {"steps": 4, "num_microbatches": parts, "init": "base"}
         config = preference.Config(**fields, losses=(Term(loss),), pairs=rows(), reference=Sync(every=2))
         preference.train(config, context, "x")
         found.append(lines(context))
