@@ -32,7 +32,7 @@ from rlhf_jax.algorithms.reference import CompletionLogps, Sync, completion_logp
 from rlhf_jax.algorithms.thumbs import Thumbs
 from rlhf_jax.data.preference_batches import batch_groups, batch_thumbs, batches
 from rlhf_jax.data.prompt_rows import PromptRow
-from rlhf_jax.data.sources import TFDS, Data, HuggingFace, Jsonl, Mixture
+from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.text import fitted
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import compare, write_samples
@@ -56,7 +56,7 @@ class Config:
 
     init: str = "sft"
     """The stage whose policy it starts from, which is also the reference; or "base"."""
-    pairs: SampledPairs | Jsonl | TFDS | HuggingFace | Mixture | None = field(default_factory=SampledPairs)
+    pairs: SampledPairs | Source | None = field(default_factory=SampledPairs)
     """The comparisons: sampled and judged, rows of a source of its own, or, if None, the rows of the experiment's. Rows
     have chosen and rejected, or completions with ranks or scores; for kto and bco they may have a completion and a
     label."""
