@@ -17,10 +17,11 @@ from jaxtyping import Array, Float
 from rlhf_jax import guard, hosts, losses, masking, models, sharding
 from rlhf_jax.algorithms import comparisons
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named, own_source
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.preference_batches import preference_batches
-from rlhf_jax.data.sources import TFDS, Data, HuggingFace, Jsonl, Mixture
+from rlhf_jax.data.sources import TFDS, Data, HuggingFace, Jsonl, Mixture, Source
+from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import NonFiniteError
 from rlhf_jax.evals.reward import ScoreRows, evaluate_groups, review_accuracy, write_evaluation
 from rlhf_jax.models import ModelSpec, lora
@@ -94,7 +95,10 @@ class Config:
 
     def check_inputs(self, data: Data) -> None:
         """The comparisons, or the labelled texts that they are made from."""
-        comparisons.check_pairs(self.pairs, data)
+        if isinstance(self.pairs, SampledPairs):
+            check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
+        else:
+            check_field("pairs", lambda: comparisons.check(_source(self, data)))
 
     def lengths(self) -> dict[str, int]:
         """A row."""
@@ -158,7 +162,7 @@ def start(config: Config, context: Context, name: str) -> tuple[TrainState, Step
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Make or read the comparisons, train, normalise, evaluate; the figures are for summary.json."""
     spec, mesh, tokenizer = context.spec, context.mesh, context.tokenizer
-    data = comparisons.of(config.pairs, context, name, length=config.length)
+    data = _comparisons(config, context, name)
     state, step_fn = start(config, context, name)
     layout = {"pad_id": tokenizer.pad_id, "completions": data.completions, "length": config.length}
     shard = sharding.process_shard(mesh)
@@ -204,6 +208,17 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         **guard.figures(state),
         **data.counts.figures(),
     }
+
+
+def _comparisons(config: Config, context: Context, name: str) -> Comparisons:
+    if isinstance(config.pairs, SampledPairs):
+        return comparisons.sample(config.pairs, context, name)
+    return comparisons.load(_source(config, context.data), context.tokenizer, length=config.length)
+
+
+def _source(config: Config, data: Data) -> Source:
+    assert not isinstance(config.pairs, SampledPairs)
+    return own_source(config.pairs, data, instead="pairs=SampledPairs() makes comparisons of them")
 
 
 def _mean_and_std(
