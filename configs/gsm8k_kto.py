@@ -31,7 +31,7 @@ def get_config() -> Experiment:
                 pairs=None,
                 losses=(Term("kto", desirable_weight=1.6),),
                 length=128,
-                steps=150,
+                steps=100,
                 batch_size=16,
                 evaluate_every=50,
                 evaluation_prompts=32,
