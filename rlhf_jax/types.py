@@ -109,3 +109,15 @@ class PreferenceBatch:
     pairs: Int[ArrayLike, "b p 2"]  # (winner, loser), indices into k
     weights: Float[ArrayLike, "b p"]  # 0 where there is no pair
     margins: Float[ArrayLike, "b p"]
+    ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+
+
+@flax.struct.dataclass
+class ThumbBatch:
+    """Prompts with a completion each that was liked or not; where k is 2, the second is one of another prompt."""
+
+    tokens: Int[ArrayLike, "b k t"]
+    mask: Bool[ArrayLike, "b k t"]
+    completion_mask: Bool[ArrayLike, "b k t"]
+    desirable: Bool[ArrayLike, " b"]
+    ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read

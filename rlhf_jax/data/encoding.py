@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from rlhf_jax.data.counts import Counts
-from rlhf_jax.data.formats import Example, Pair, Ranked
+from rlhf_jax.data.formats import Example, Pair, Ranked, Thumb
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reading import Mixed, Rows
 from rlhf_jax.data.sources import Mixture, Source, describe
 from rlhf_jax.data.text import Row, fitted
+from rlhf_jax.data.thumbs import Liked
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.json_tokenizer import JsonTokenizer
 from rlhf_jax.interop.tokenizers import Tokenizer
@@ -171,6 +172,21 @@ def encode_ranked(tokenizer: Tokenizer) -> Callable[[Ranked], PreferenceGroup]:
         places = range(len(row.ranks))
         pairs = tuple((a, b) for a in places for b in places if row.ranks[a] < row.ranks[b])
         return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs))
+
+    return encode
+
+
+def encode_thumb(tokenizer: Tokenizer) -> Callable[[Thumb], Liked]:
+    """A completion that was liked or not, ended."""
+
+    def encode(thumb: Thumb) -> Liked:
+        chat = chat_tokenizer(tokenizer)
+        if chat is not None and thumb.messages:
+            prompt, completion = _answered(chat, thumb.messages, thumb.answered_from)
+        else:
+            prompt = (tokenizer.bos_id, *tokenizer.encode(thumb.prompt))
+            completion = (*tokenizer.encode(thumb.completion), tokenizer.eos_id)
+        return Liked(prompt, (completion,), thumb.label)
 
     return encode
 

@@ -31,6 +31,7 @@ class PreferenceGroup:
     pairs: tuple[tuple[int, int], ...]  # (winner, loser), indices into completions
     margins: tuple[float, ...]  # one a pair
     source: str
+    ref_logps: tuple[float, ...] = ()  # of each completion under a reference, where that was read
 
     def rows(self) -> list[list[int]]:
         """Prompt and completion, one row a completion."""

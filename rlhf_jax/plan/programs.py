@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import ai_feedback, constitutional, iterations, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    constitutional,
+    iterations,
+    ppo,
+    preference,
+    pretrain,
+    reward_model,
+    sft,
+    supervised,
+)
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -30,7 +40,7 @@ from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
-from rlhf_jax.types import Params, PreferenceBatch, Rollout
+from rlhf_jax.types import Params, PreferenceBatch, Rollout, ThumbBatch
 
 ENDS = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
@@ -129,9 +139,29 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
     rows, pairs = (b, k, config.length), (b, p)
     mask, weights = _batch(context, rows, jnp.bool_), _batch(context, pairs, jnp.float32)
     tokens, judged = _batch(context, rows, jnp.int32), _batch(context, (*pairs, 2), jnp.int32)
-    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights)
+    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, _batch(context, (b, k), jnp.float32))
     args = (state, batch, context.head_base)
     yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(rows))
+
+
+def _preference(config: preference.Config, context: Context, name: str) -> Iterator[Program]:
+    state, step = preference.start(config, context, name)
+    if config.of_thumbs is not None:
+        k = 2 if config.of_thumbs.loss == "kto" else 1
+    else:  # how many completions a source's ranked rows have only they know: two are planned for
+        k = config.pairs.completions if isinstance(config.pairs, SampledPairs) else 2
+    b, p = config.batch_size, math.comb(k, 2)
+    rows = (b, k, config.length)
+    tokens, mask = _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_)
+    ref_logps = _batch(context, (b, k), jnp.float32)
+    if config.of_thumbs is not None:
+        batch = ThumbBatch(tokens, mask, mask, _batch(context, (b,), jnp.bool_), ref_logps)
+    else:
+        weights, judged = _batch(context, (b, p), jnp.float32), _batch(context, (b, p, 2), jnp.int32)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, ref_logps)
+    args = (state, batch, context.base)
+    kept = _roles((context.base, state.reference), state.policy)
+    yield Program(name, "train", step, args, kept, config.steps, math.prod(rows))
 
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
@@ -196,6 +226,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
+    preference.Config: _preference,
     ppo.Config: _ppo,
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,

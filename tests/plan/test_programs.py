@@ -14,6 +14,7 @@ from rlhf_jax.algorithms import (
     iterations,
     onpolicy,
     ppo,
+    preference,
     pretrain,
     reward_model,
     sft,
@@ -78,7 +79,7 @@ def a_run_of(context):
     yield "sft.train", step, (state, put(PackedBatch(rows, rows, rows > 0)), context.base)
     state, step = reward_model.start(STAGES["reward_model"], context, "reward_model")
     rows, pairs = np.zeros((32, 3, 32), np.int32), np.zeros((32, 3), np.float32)
-    batch = put(PreferenceBatch(rows, rows > 0, rows > 0, np.zeros((32, 3, 2), np.int32), pairs, pairs))
+    batch = put(PreferenceBatch(rows, rows > 0, rows > 0, np.zeros((32, 3, 2), np.int32), pairs, pairs, pairs))
     yield "reward_model.train", step, (state, batch, context.head_base)
     algorithm = ppo.Algorithm(STAGES["ppo"], context.spec, **programs.ENDS)
     state = ppo.initial_state(algorithm, context, "ppo")
@@ -157,6 +158,18 @@ def test_stages_that_make_rows_sample_and_judge():
     with sharding.scope(sharding.make_mesh(MESHES[0])):
         for one in found:
             one.function.lower(*one.args)
+
+
+@pytest.mark.parametrize(("loss", "completions"), [("dpo", 3), ("kto", 2), ("bco", 1)])
+def test_a_policy_from_judgements(loss, completions):
+    pairs = SampledPairs(policy="base", completions=3, completion_tokens=20)
+    config = preference.Config(init="base", pairs=pairs, losses=(preference.Term(loss),), reference=preference.Sync())
+    (one,) = programs.programs(experiment(stages={"x": config}), mesh := sharding.make_mesh(MESHES[0]))
+    assert one.tokens == 32 * completions * 49 and one.calls == 200
+    held = estimate.argument_bytes(one)
+    assert held["frozen"] == held["parameters"]  # the reference that follows
+    with sharding.scope(mesh):
+        assert one.function.lower(*one.args).as_text()
 
 
 def test_pretraining_is_known_and_another_stage_is_named():
