@@ -20,7 +20,7 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.context import StageConfig, check_field
+from rlhf_jax.algorithms.context import MAKERS, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
@@ -76,14 +76,13 @@ def validate(experiment: Experiment, devices: int) -> None:
     sizes, parts = experiment.mesh.resolve(devices), experiment.mesh.pipeline_microbatches
     max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
-        for where, (required, kind) in stage.requires().items():
+        for where, (required, role) in stage.requires().items():
             if required not in names[:index]:
                 raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
             made = experiment.stages[required].produces
-            if made != kind:
-                raise UserError(
-                    f"stages.{name}.{where}: needs a stage that makes a {kind}; {required!r} makes a {made}"
-                )
+            if made not in MAKERS[role]:
+                fit = " or ".join(f"a {kind}" if kind != "ensemble" else f"an {kind}" for kind in MAKERS[role])
+                raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes a {made}")
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(

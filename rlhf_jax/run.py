@@ -200,6 +200,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed, mesh=mesh),
             data=experiment.data,
             wandb=experiment.wandb,
+            ensembles=reward_model.ensembles(experiment.stages),
         )
         for name, stage in experiment.stages.items():
             _run_stage(name, stage, context)
@@ -207,7 +208,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
         summary = hosts.from_writer(lambda: {name: _read_json(path) for name, path in files.items()})
         digests = {}
         for name, stage in experiment.stages.items():
-            load = context.head_params if stage.produces == "reward" else context.policy_params
+            load = context.policy_params if stage.produces == "policy" else context.head_params
             digests[name] = params_digest(load(name))
     if hosts.is_writer():
         _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})

@@ -109,3 +109,14 @@ class PreferenceBatch:
     pairs: Int[ArrayLike, "b p 2"]  # (winner, loser), indices into k
     weights: Float[ArrayLike, "b p"]  # 0 where there is no pair
     margins: Float[ArrayLike, "b p"]
+
+
+@flax.struct.dataclass
+class JudgedBatch:
+    """Completions after their prompts, and targets for the scores that are read at some of their tokens."""
+
+    tokens: Int[ArrayLike, "b t"]
+    mask: Bool[ArrayLike, "b t"]
+    ends: Int[ArrayLike, "b s"]  # the tokens at which scores are read
+    targets: Float[ArrayLike, "b s"]
+    where: Bool[ArrayLike, "b s"]  # False where a row has fewer

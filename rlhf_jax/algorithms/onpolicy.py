@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive, named
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
@@ -24,6 +24,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
 from rlhf_jax.rewards.python import PythonReward
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
@@ -47,6 +48,8 @@ class OnPolicyConfig(Prompting):
     """The stage that the policy starts from, which is also the frozen reference; or "base"."""
     reward: str | HostFunction = "reward_model"
     """What scores completions: a reward_model stage, or a function of texts."""
+    combine: Combine | None = None
+    """How the scores of an ensemble become one, where `reward` names such; none: as its stage says."""
     steps: int = 40
     """Iterations: each samples a batch and learns from it."""
     completion_tokens: int = 40
@@ -83,9 +86,9 @@ class OnPolicyConfig(Prompting):
         """A language model."""
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy and reward model."""
-        reward = named("reward", reward=self.reward) if isinstance(self.reward, str) else {}
+        reward = named("scorer", reward=self.reward) if isinstance(self.reward, str) else {}
         return named("policy", policy=self.policy) | reward
 
     def check_inputs(self, data: Data) -> None:
@@ -134,7 +137,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward)
+        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward, combine=config.combine)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -147,6 +150,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             prompts=prompts.heldout,
             reference=fixed.policy(fixed.reference),
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
+            ensemble=fixed.ensemble,
             judges=judged_by,
         )
     if hosts.is_writer():
@@ -208,6 +212,7 @@ def evaluate(
     prompts: Sequence[PromptRow],
     reference: Params,
     reward: Params | Scorer,
+    ensemble: Ensemble | None,
     judges: Mapping[str, Judge],
 ) -> list[list[Row]]:
     """Let each policy complete the same prompts, and read what it writes."""
@@ -228,6 +233,7 @@ def evaluate(
         prompts,
         context.key(f"{name}/evaluation"),
         reward=reward,
+        ensemble=ensemble,
         judges=judges,
         temperature=config.sampling.temperature,
     )

@@ -20,24 +20,31 @@ def preference_batches(
     completions: int,
     length: int,
     seed: int,
+    pairs: int | None = None,
     shard: Shard = WHOLE,
 ) -> grain.DatasetIterator:
     """Endless `PreferenceBatch`es, see `endless`; of each the process's `shard`."""
 
     def batch(rows: Sequence[PreferenceGroup]) -> PreferenceBatch:
-        return batch_groups(rows[shard.rows(batch_size)], pad_id=pad_id, completions=completions, length=length)
+        own = rows[shard.rows(batch_size)]
+        return batch_groups(own, pad_id=pad_id, completions=completions, length=length, pairs=pairs)
 
     batches = endless(groups, seed=seed).batch(batch_size, batch_fn=batch)
     return iter(batches.to_iter_dataset(READ))
 
 
-def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int) -> PreferenceBatch:
-    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0."""
-    b, p = len(groups), math.comb(completions, 2)
+def batch_groups(
+    groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int, pairs: int | None = None
+) -> PreferenceBatch:
+    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0.
+
+    A group has at most `pairs` of these; None: one of every two completions.
+    """
+    b, p = len(groups), math.comb(completions, 2) if pairs is None else pairs
     tokens = np.full((b, completions, length), pad_id, np.int32)
     mask = np.zeros((b, completions, length), bool)
     completion_mask = np.zeros((b, completions, length), bool)
-    pairs = np.zeros((b, p, 2), np.int32)
+    judged = np.zeros((b, p, 2), np.int32)
     weights, margins = np.zeros((b, p), np.float32), np.zeros((b, p), np.float32)
     for i, group in enumerate(groups):
         for j, row in enumerate(group.rows()):
@@ -45,7 +52,7 @@ def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions:
             mask[i, j, : len(row)] = True
             completion_mask[i, j, max(len(row) - len(group.completion_tokens[j]), 1) : len(row)] = True
         n = len(group.pairs)
-        pairs[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
+        judged[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
         weights[i, :n] = 1
         margins[i, :n] = group.margins
-    return PreferenceBatch(tokens, mask, completion_mask, pairs, weights, margins)
+    return PreferenceBatch(tokens, mask, completion_mask, judged, weights, margins)
