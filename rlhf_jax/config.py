@@ -81,8 +81,8 @@ def validate(experiment: Experiment, devices: int) -> None:
                 raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
             made = experiment.stages[required].produces
             if made not in MAKERS[role]:
-                fit = " or ".join(f"a {kind}" if kind != "ensemble" else f"an {kind}" for kind in MAKERS[role])
-                raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes a {made}")
+                fit = " or ".join(map(_a, MAKERS[role]))
+                raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes {_a(made)}")
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(
@@ -93,6 +93,11 @@ def validate(experiment: Experiment, devices: int) -> None:
         for where, rows in stage.batch_sizes().items():
             for whose, grid in grids.items():
                 check_field(f"stages.{name}.{where}", partial(check_rows, rows, *grid, whose=whose))
+
+
+def _a(kind: str) -> str:
+    """With its article."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, tuple[dict[str, int], int | None]]:

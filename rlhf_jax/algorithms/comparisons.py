@@ -135,7 +135,7 @@ def _reader(
         return partial(formats.ranked, needs="none" if ties == "drop" else needs), encode_ranked
     if "annotators" in first:
         if needs != "some":
-            raise first.error("the votes of several 'annotators' are no order; they are for loss='bradley_terry'")
+            raise first.error("the votes of 'annotators' are no order; they are for loss='bradley_terry' or 'k_wise'")
         return partial(_settled, ties=ties), encode_votes
     return formats.pair, encode_pair
 

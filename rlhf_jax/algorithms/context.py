@@ -33,12 +33,13 @@ BASE = "base"
 Kind = Literal["policy", "reward", "ensemble"]
 """What a stage makes: a language model, a trunk with a head, or several of these that score together."""
 
-Role = Literal["policy", "reward", "scorer"]
+Role = Literal["policy", "reward", "ensemble", "scorer"]
 """What another stage needs it for; what scores may be one reward model or an ensemble."""
 
 MAKERS: dict[Role, tuple[Kind, ...]] = {
     "policy": ("policy",),
     "reward": ("reward",),
+    "ensemble": ("ensemble",),
     "scorer": ("reward", "ensemble"),
 }
 """The kinds that serve in each role."""

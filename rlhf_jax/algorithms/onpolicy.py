@@ -66,6 +66,8 @@ class OnPolicyConfig(Prompting):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "completion_tokens", "checkpoint_every")
+        if self.combine is not None and not isinstance(self.reward, str):
+            raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
         roles = ", ".join(self.idle_roles)
         for role in self.placement.offload:
             if role not in self.idle_roles:
@@ -88,7 +90,8 @@ class OnPolicyConfig(Prompting):
 
     def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy and reward model."""
-        reward = named("scorer", reward=self.reward) if isinstance(self.reward, str) else {}
+        role = "scorer" if self.combine is None else "ensemble"
+        reward = named(role, reward=self.reward) if isinstance(self.reward, str) else {}
         return named("policy", policy=self.policy) | reward
 
     def check_inputs(self, data: Data) -> None:

@@ -49,9 +49,9 @@ class Config:
     steps: process_bce."""
     pairs: SampledPairs | Jsonl | TFDS | HuggingFace | Mixture | None = field(default_factory=SampledPairs)
     """The rows: comparisons that are sampled and judged, rows of a source of its own, or, if None, the rows of the
-    experiment's. Comparisons have chosen and rejected, completions with ranks, scores or best, or, for bradley_terry,
-    two responses with annotators' votes; others prompt, completion and rating, or label; steps are completions with
-    labels or ratings. A field annotator says who judged."""
+    experiment's. Comparisons have chosen and rejected, completions with ranks, scores or best, or two responses with
+    annotators' votes, of which bradley_terry counts each and k_wise the majority; others prompt, completion and rating,
+    or label; steps are completions with labels or ratings. A field annotator says who judged."""
     ties: Ties = "refuse"
     """Whether comparisons in which nothing is told apart, or less than the loss needs, are an error, or dropped and
     counted."""
