@@ -1,4 +1,4 @@
-"""A process reward model on the bundled LM: is each step of a solution right?
+"""A process reward model on the bundled LM: whether each step of a solution is right.
 
     rlhf-jax run configs/bundled_process_reward.py --data.path math_steps_human.jsonl
 

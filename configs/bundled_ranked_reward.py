@@ -2,8 +2,8 @@
 
     rlhf-jax run configs/bundled_ranked_reward.py --data.path cnndm_summaries_ranked.jsonl
 
-A row has a reference (here the prompt) and summaries with a text and an overall score each; ties make no pair, and rows in
-which all tie are dropped. Its last fifth is held out.
+A row has a reference (here the prompt) and summaries with a text and an overall score each; ties make no pair, and rows
+in which all tie are dropped. The last fifth is held out.
 """
 
 from rlhf_jax.algorithms import reward_model

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ class RewardNetwork:
         self._batch_size = math.ceil(batch_size / multiple) * multiple
         self._score = jax.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
         if ensemble is not None:
-            self._score = jax.jit(partial(member_scores, spec, ensemble=ensemble))
+            self._score = jax.jit(lambda params, tokens, mask: member_scores(spec, params, ensemble, tokens, mask))
         self._at = jax.jit(
             lambda params, tokens, mask, ends: each(
                 spec, params, ensemble, lambda one: models.scores_at(spec, one, tokens, mask, ends)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import models
+from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import iterations, onpolicy, ppo, reward_data, reward_model, sft
 from rlhf_jax.algorithms.reward_losses import of_heads, pair_loss
+from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment, validate
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.data.sources import Jsonl
@@ -22,6 +23,7 @@ from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.network import RewardNetwork
 from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import Shard
+from rlhf_jax.types import Rollout
 from tests.algorithms.conftest import SPEC
 from tests.algorithms.test_reward_kinds import ranked
 from tests.algorithms.test_reward_model import CONFIG
@@ -119,20 +121,40 @@ def test_the_reward_of_an_ensemble_is_its_members_combined(of):
     ensemble = Ensemble(members=2, of=of, combine=Combine("uwo", 0.3))
     keys = jax.random.split(jax.random.key(0), 2)
     boxed = ensembles.init(lambda key: models.init_with_head(SPEC, key), keys, ensemble)
-    params = reward_model.sharding.unbox(boxed)
+    params = sharding.unbox(boxed)
     rows = np.random.default_rng(0).integers(3, 500, (5, 9))
     mask = np.arange(9) < np.array([[9], [4], [1], [7], [9]])
     read = jax.jit(lambda params: ensembles.reward(SPEC, params, ensemble, rows, mask))(params)
     score = jax.jit(lambda params: models.score(SPEC, params, rows, mask))
     alone = []
     for i, key in enumerate(keys):
-        own = reward_model.sharding.unbox(models.init_with_head(SPEC, key))
+        own = sharding.unbox(models.init_with_head(SPEC, key))
         if of == "heads":
             own["trunk"] = params["trunk"]
         alone.append(np.asarray(score(own)))
         np.testing.assert_array_equal(own["head"]["kernel"], params["head"]["kernel"][i])
     np.testing.assert_allclose(read["score"], np.mean(alone, 0) - 0.3 * np.var(alone, 0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(read["uncertainty"], np.std(alone, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_ppo_reads_an_ensemble_and_says_how_far_its_members_differ(make_context):
+    ensemble = Ensemble(members=2, combine=Combine("wco"))
+    context, rng = holding(make_context(), ensemble), np.random.default_rng(0)
+    trunk = context.policy_params("base")
+    keys = jax.random.split(jax.random.key(0), 2)
+    boxed = ensembles.init(lambda key: models.init_with_head(SPEC, key, trunk), keys, ensemble)
+    save_params(context.stage_dir("rm") / "params", sharding.unbox(boxed))
+    config = ppo.Config(policy="base", reward="rm", critic=onpolicy.ValueHead("base"), prompt_tokens=(2, 4),
+                        completion_tokens=7, batch_size=8, minibatches=1, exact_kl_rows=8)  # fmt: skip
+    algorithm = ppo.Algorithm(config, SPEC, eos_id=1, pad_id=0)
+    frozen = iterations.frozen(context, policy="base", reward="rm", combine=config.combine)
+    tokens, places = rng.integers(3, 500, (8, 12)), np.broadcast_to(np.arange(12), (8, 12))
+    rollout = Rollout(tokens, places < 5, places >= 5, logps=np.zeros((8, 12), np.float32))
+    scored, metrics = jax.jit(algorithm.score)(trunk, frozen, rollout)
+    network = RewardNetwork(SPEC, context.mesh, length=24, pad_id=0, ensemble=ensemble)
+    scores = network.members(context.network("rm"), tokens.tolist())
+    np.testing.assert_allclose(scored.scores, scores.min(0), atol=1e-5)
+    assert float(metrics["uncertainty"]) == pytest.approx(scores.std(0).mean(), rel=1e-4) and scores.std(0).min() > 0
 
 
 def test_a_stage_says_how_and_its_reader_may_say_otherwise(make_context, monkeypatch):

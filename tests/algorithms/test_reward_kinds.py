@@ -15,6 +15,7 @@ from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.network import RewardNetwork
+from rlhf_jax.sharding import Shard
 from rlhf_jax.types import Mean
 from tests.algorithms.conftest import SPEC, put_stages
 from tests.algorithms.test_reward_model import CONFIG
@@ -122,7 +123,7 @@ def test_the_loss_is_the_mean_of_terms_made_one_by_one(loss, context, write):
     config = config_of(loss, write([ROWS[loss](i) for i in range(20)]))
     config.check_inputs(context.data)
     data = reward_data.load(config, context, "rm")
-    batch = next(data.batches(data.train, seed=0, shard=reward_model.sharding.Shard()))
+    batch = next(data.batches(data.train, seed=0, shard=Shard()))
     state, _ = reward_model.start(config, context, "rm", data.shares)
     loss_fn = jax.jit(reward_model.LOSSES[loss](SPEC, config))
     loss_value, metrics = loss_fn(state.params, batch, {}, jax.random.key(0))
@@ -175,7 +176,7 @@ def test_annotators_vote_and_are_kept(context, tmp_path, write):
     first = data.train[0]
     assert first.pairs == ((0, 1), (0, 1), (1, 0)) and first.annotators == ("0", "1", "2")
     assert first.settled == ((0, 1),) and data.train[3].settled == ()
-    batch = next(data.batches(data.train, seed=0, shard=reward_model.sharding.Shard()))
+    batch = next(data.batches(data.train, seed=0, shard=Shard()))
     assert batch.pairs.shape == (8, 3, 2) and set(batch.weights.sum(1)) <= {2.0, 3.0}
     network = RewardNetwork(SPEC, context.mesh, length=24, pad_id=0)
     final = data.final(network, context.head_params("reward_model"))
