@@ -121,3 +121,14 @@ class ThumbBatch:
     completion_mask: Bool[ArrayLike, "b k t"]
     desirable: Bool[ArrayLike, " b"]
     ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+
+
+@flax.struct.dataclass
+class JudgedBatch:
+    """Completions after their prompts, and targets for the scores that are read at some of their tokens."""
+
+    tokens: Int[ArrayLike, "b t"]
+    mask: Bool[ArrayLike, "b t"]
+    ends: Int[ArrayLike, "b s"]  # the tokens at which scores are read
+    targets: Float[ArrayLike, "b s"]
+    where: Bool[ArrayLike, "b s"]  # False where a row has fewer

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Params
@@ -40,6 +41,7 @@ def evaluate(
     prompts: Sequence[PromptRow],
     reference: Params,
     reward: Params | Scorer,
+    ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
 ) -> list[list[Row]]:
     """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
@@ -60,6 +62,7 @@ def evaluate(
         prompts,
         context.key(f"{name}/evaluation"),
         reward=reward,
+        ensemble=ensemble,
         judges=judges,
         temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )

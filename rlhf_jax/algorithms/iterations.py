@@ -24,6 +24,7 @@ from rlhf_jax.evals.policy import Scorer
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.placement import Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, Texts
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Key, Metrics, Params, Rollout, TrainState
@@ -37,6 +38,7 @@ class Frozen:
     reward: Params
     base: Params
     head_base: Params
+    ensemble: Ensemble | None = flax.struct.field(pytree_node=False, default=None)  # of the reward, if it is one
 
     def policy(self, own: Params) -> Params:
         """A whole policy, as models read it: its own parameters over the shared base."""
@@ -47,17 +49,22 @@ class Frozen:
         return lora.merge(self.head_base, own)
 
 
-def frozen(context: Context, *, policy: str, reward: str | HostFunction) -> Frozen:
+def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine: Combine | None = None) -> Frozen:
     """The reference, which is the policy's start, and a reward model, from the stages that made them.
 
-    The model itself (BASE) as a reference is the base without adapters. A reward that is a function has no parameters.
+    An ensemble's scores become one by `combine`, or as its stage says. The model itself (BASE) as a reference is the
+    base without adapters. A reward that is a function has no parameters.
     """
     shared = policy == BASE and context.spec.lora is not None
+    ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
+    if ensemble is not None and combine is not None:
+        ensemble = dataclasses.replace(ensemble, combine=combine)
     return Frozen(
         reference={} if shared else context.policy_params(policy),
         reward=context.head_params(reward) if isinstance(reward, str) else {},
         base=context.base,
         head_base=context.head_base,
+        ensemble=ensemble,
     )
 
 

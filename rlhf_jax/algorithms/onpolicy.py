@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
 from rlhf_jax.algorithms.loop import Loop, finish
@@ -20,6 +20,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import Judge, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine
 from rlhf_jax.rewards.host import HostFunction, HostReward
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
@@ -41,6 +42,8 @@ class OnPolicyConfig(Prompting):
     """The stage that the policy starts from, which is also the frozen reference; or "base"."""
     reward: str | HostFunction = "reward_model"
     """What scores completions: a reward_model stage, or a function of texts."""
+    combine: Combine | None = None
+    """How the scores of an ensemble become one, where `reward` names such; none: as its stage says."""
     steps: int = 40
     """Iterations: each samples a batch and learns from it."""
     completion_tokens: int = 40
@@ -57,6 +60,8 @@ class OnPolicyConfig(Prompting):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "completion_tokens", "checkpoint_every")
+        if self.combine is not None and not isinstance(self.reward, str):
+            raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
         roles = ", ".join(self.idle_roles)
         for role in self.placement.offload:
             if role not in self.idle_roles:
@@ -77,9 +82,10 @@ class OnPolicyConfig(Prompting):
         """A language model."""
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy and reward model."""
-        reward = named("reward", reward=self.reward) if isinstance(self.reward, str) else {}
+        role = "scorer" if self.combine is None else "ensemble"
+        reward = named(role, reward=self.reward) if isinstance(self.reward, str) else {}
         return named("policy", policy=self.policy) | reward
 
     def check_inputs(self, data: Data) -> None:
@@ -118,7 +124,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward)
+        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward, combine=config.combine)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -137,6 +143,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             prompts=prompts.heldout,
             reference=fixed.policy(fixed.reference),
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
+            ensemble=fixed.ensemble,
             judges=judged_by,
         )
     if hosts.is_writer():

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import iterations, onpolicy
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Role, check_positive, named
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig, ValueHead
 from rlhf_jax.data.prompts import PromptBatch
@@ -31,6 +31,7 @@ from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Idle
+from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import ended, generate
 from rlhf_jax.train_step import in_parts, keep_if, make_train_step, sharded_state
@@ -95,7 +96,7 @@ class Config(OnPolicyConfig):
         ):  # fmt: skip
             require(name, vars(self)[name], interval)
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy, reward model and critic."""
         if isinstance(self.critic, str):
             return super().requires() | named("reward", critic=self.critic)
@@ -186,7 +187,7 @@ class Algorithm:
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
         is_network = isinstance(c.reward, str)
 
-        def part(rows: Rollout) -> tuple[Array, ...]:
+        def part(rows: Rollout) -> tuple[Any, ...]:
             window, temperature = slice(c.prompt_length, None), c.sampling.temperature
             mask = rows.completion_mask[:, window]
             logits = self.completion_logits(policy, rows)
@@ -195,17 +196,20 @@ class Algorithm:
                 *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                models.score(self.spec, reward, rows.tokens, rows.mask) if is_network else rows.scores,
+                read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.mask)
+                if is_network
+                else {"score": rows.scores},
             )
 
-        logps, ref_logps, entropies, exact, scores = in_parts(part, rollout, c.minibatches * c.num_microbatches)
-        sampled_logps = rollout.logps
+        logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.minibatches * c.num_microbatches)
+        sampled_logps, scores = rollout.logps, readings.pop("score")
         rollout = rollout.replace(logps=self.padded(logps), ref_logps=self.padded(ref_logps), scores=scores)
         mask = rollout.completion_mask
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
         kept = mask[:, c.prompt_length :]
         metrics = {
             "score": scores.mean(),
+            **{name: reading.mean() for name, reading in readings.items()},  # an ensemble's uncertainty
             "kl": masking.masked_mean(k1, mask),
             "seq_kl": k1.sum(-1).mean(),
             "seq_kl_exact": exact[: c.exact_kl_rows].sum(-1).mean(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
@@ -40,7 +41,7 @@ from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
-from rlhf_jax.types import Params, PreferenceBatch, Rollout, ThumbBatch
+from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
 ENDS = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
@@ -98,7 +99,8 @@ def programs(experiment: Experiment, mesh: Mesh, *, spec: ModelSpec | None = Non
     spec = experiment.model.spec if spec is None else spec
     dtype = experiment.model.dtype if isinstance(experiment.model, FromPretrained) else "float32"
     model = Pretrained(spec, _as_loaded(spec, dtype), None)
-    context = Shapes(Path(), experiment.seed, mesh, model, experiment.data)
+    ensembles = reward_model.ensembles(experiment.stages)
+    context = Shapes(Path(), experiment.seed, mesh, model, experiment.data, ensembles=ensembles)
     found: list[Program] = []
     for name, config in experiment.stages.items():
         if type(config) not in BUILDERS:
@@ -132,16 +134,26 @@ def _supervised(config: supervised.SupervisedConfig, context: Context, name: str
 
 
 def _reward_model(config: reward_model.Config, context: Context, name: str) -> Iterator[Program]:
-    state, step = reward_model.start(config, context, name)
-    # How many completions a source's ranked rows have only they know: two are planned for.
+    # What only the rows know is guessed: two ranked completions, a rating's five levels, eight steps.
+    shares = np.full(5, 0.2) if config.loss == "ordinal_rating" else None
+    state, step = reward_model.start(config, context, name, shares)
     k = config.pairs.completions if isinstance(config.pairs, SampledPairs) else 2
-    b, p = config.batch_size, math.comb(k, 2)
-    rows, pairs = (b, k, config.length), (b, p)
-    mask, weights = _batch(context, rows, jnp.bool_), _batch(context, pairs, jnp.float32)
-    tokens, judged = _batch(context, rows, jnp.int32), _batch(context, (*pairs, 2), jnp.int32)
-    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, _batch(context, (b, k), jnp.float32))
+    ensemble = config.ensemble
+    b = (config.batch_size, *((ensemble.members,) if ensemble is not None and ensemble.own_rows else ()))
+
+    def of(*shape: int, dtype: Any) -> Any:
+        return _batch(context, (*b, *shape), dtype)
+
+    if config.loss in reward_model.ORDERS:
+        tokens, mask = (of(k, config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        weights, judged = of(math.comb(k, 2), dtype=jnp.float32), of(math.comb(k, 2), 2, dtype=jnp.int32)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, of(k, dtype=jnp.float32))
+    else:
+        tokens, mask = (of(config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        places = 8 if config.loss == "process_bce" else 1
+        batch = JudgedBatch(tokens, mask, *(of(places, dtype=dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)))
     args = (state, batch, context.head_base)
-    yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(rows))
+    yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(tokens.shape))
 
 
 def _preference(config: preference.Config, context: Context, name: str) -> Iterator[Program]:
@@ -170,7 +182,7 @@ def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
     algorithm = ppo.Algorithm(config, spec, **ENDS)
     state = ppo.initial_state(algorithm, context, name)
-    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
