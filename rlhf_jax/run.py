@@ -26,7 +26,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import __version__, checkpoint, digests, hosts, models, report, sharding
-from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
+from rlhf_jax.algorithms import policy, ppo, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
@@ -43,6 +43,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     sft.Config: sft.train,
     reward_model.Config: reward_model.train,
     ppo.Config: ppo.train,
+    policy.Config: policy.train,
 }
 """What trains each kind of stage."""
 

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import hosts, models, sharding, transfer
 from rlhf_jax.algorithms.context import BASE, Context
@@ -147,6 +147,8 @@ class Whole:
     def __init__(self, algorithm: Algorithm, state: Any, places: Places, frozen: Frozen, scorer: Scorer | None) -> None:
         self._programs, self._context = programs(algorithm, state), places.training
         self._frozen, self._scorer = frozen, scorer
+        self._copies, self._redraws = algorithm.config.copies, algorithm.config.redraws
+        self._chosen = jax.jit(_chosen, out_shardings=sharding.batch_sharding(places.training.mesh))
 
     def shapes(self, state: Any) -> Any:
         """The state itself."""
@@ -164,22 +166,67 @@ class Whole:
     def __call__(self, held: Any, batches: Prompts, *, last: bool) -> tuple[Any, Metrics, Rollout]:
         """Sample and learn from the next batch."""
         del last
-        (prompts, rows), mesh = next(batches), self._context.mesh
+        mesh = self._context.mesh
         with sharding.scope(mesh):
             if self._scorer is None:
-                return self._programs["iteration"](held, self._frozen, sharding.shard_batch(mesh, prompts))
-            rollout = self._programs["sample"](held, self._frozen, sharding.shard_batch(mesh, prompts))
-            scores = hosts.by_rows(self._scorer, with_rows(rollout, rows, self._context.tokenizer))
-            return self._programs["learn"](
-                held, self._frozen, rollout.replace(scores=sharding.shard_batch(mesh, scores))
-            )
+                return self._programs["iteration"](held, self._frozen, sharding.shard_batch(mesh, next(batches)[0]))
+            rollout, scores = self._scored(held, batches, self._scorer, 0)
+            drawn = [scores]
+            while len(drawn) <= self._redraws and equal_groups(scores, self._copies).any():
+                more, more_scores = self._scored(held, batches, self._scorer, len(drawn))
+                drawn.append(more_scores)
+                index = refilled(scores, more_scores, self._copies)
+                rollout, scores = self._chosen(rollout, more, index), np.concatenate([scores, more_scores])[index]
+            rollout = rollout.replace(scores=sharding.shard_batch(mesh, scores))
+            held, metrics, rollout = self._programs["learn"](held, self._frozen, rollout)
+        if self._redraws:
+            metrics |= {"draws": jnp.float32(len(drawn)), "score_drawn": jnp.float32(np.mean(drawn))}
+        return held, metrics, rollout
+
+    def _scored(
+        self, held: Any, batches: Prompts, scorer: Scorer, draw: int
+    ) -> tuple[Rollout, Float[np.ndarray, " b"]]:
+        """Completions of the next batch, the iteration's first or a later one, and what a function says of them."""
+        prompts, rows = next(batches)
+        which = (np.int32(draw),) if self._redraws else ()
+        sample = self._programs["sample"]
+        rollout = sample(held, self._frozen, sharding.shard_batch(self._context.mesh, prompts), *which)
+        return rollout, hosts.by_rows(scorer, with_rows(rollout, rows, self._context.tokenizer))
+
+
+def equal_groups(scores: Float[np.ndarray, " b"], size: int) -> Bool[np.ndarray, " g"]:
+    """Whether the scores of each group, `size` beside each other, are all the same."""
+    groups = scores.reshape(-1, size)
+    return groups.max(-1) == groups.min(-1)
+
+
+def refilled(scores: Float[np.ndarray, " b"], more: Float[np.ndarray, " b"], size: int) -> Int[np.ndarray, " b"]:
+    """Rows of the two batches, one after the other, that make one: those of the first, its groups of equal scores
+    replaced in order by those groups of the second whose scores are not, as far as these go.
+
+    >>> refilled(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.0]), 2).tolist()
+    [6, 7, 2, 3]
+    """
+    chosen = np.arange(len(scores) // size)
+    empty, good = np.flatnonzero(equal_groups(scores, size)), np.flatnonzero(~equal_groups(more, size))
+    count = min(len(empty), len(good))
+    chosen[empty[:count]] = len(chosen) + good[:count]
+    return (chosen[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def _chosen(rollout: Rollout, more: Rollout, index: Int[Array, " b"]) -> Rollout:
+    merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[index], rollout, more)
+    return merged.replace(group_ids=rollout.group_ids)
 
 
 def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
     """What `Whole` compiles, by name: an iteration, or sampling and learning where a function scores."""
 
-    def sample(state: Any, frozen: Frozen, prompts: PromptBatch) -> Rollout:
-        return algorithm.sample(behaviour(state.policy), frozen, prompts)
+    def sample(state: Any, frozen: Frozen, prompts: PromptBatch, draw: Array | None = None) -> Rollout:
+        writer = behaviour(state.policy)
+        if draw is not None:  # of several in an iteration, each with a key of its own
+            writer = dataclasses.replace(writer, key=jax.random.fold_in(writer.key, 3 + draw))
+        return algorithm.sample(writer, frozen, prompts)
 
     if isinstance(algorithm.config.reward, str):
         return {"iteration": compiled(algorithm.iteration, state, others=2)}

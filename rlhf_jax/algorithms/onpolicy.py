@@ -79,6 +79,16 @@ class OnPolicyConfig(Prompting):
         return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
 
     @property
+    def redraws(self) -> int:
+        """How often, at most, groups of equal scores are replaced by those of further prompts."""
+        return 0
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know: lines of the log."""
+        cuts = "top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased"
+        return [cuts] * self.sampling.truncates
+
+    @property
     def produces(self) -> Kind:
         """A language model."""
         return "policy"
@@ -169,8 +179,8 @@ def fit(
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
     share = config.optimizer.share(config.updates)
     with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
-        if config.sampling.truncates:
-            loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
+        for text in config.notes():
+            loop.note(f"{name}: {text}")
         if config.data is not None:
             loop.note(f"{name}: {prompts.counts.line()}")
         shapes = iterations.shapes(state)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import iterations, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import iterations, policy, ppo, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -132,16 +133,27 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
 
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = ppo.Algorithm(config, context.spec, **ENDS)
+    state = ppo.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+
+
+def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = policy.Algorithm(config, context.spec, **ENDS)
+    state = policy.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
+def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
+    config = algorithm.config
     spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    algorithm = ppo.Algorithm(config, spec, **ENDS)
-    state = ppo.initial_state(algorithm, context, name)
     frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
-    kept = _roles(frozen, state.policy, state.critic)
+    kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
     for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
@@ -164,6 +176,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
     ppo.Config: _ppo,
+    policy.Config: _policy,
 }
 """What makes the programs of each kind of stage."""
 
