@@ -13,10 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax import hosts, models, sharding, transfer
+from rlhf_jax.algorithms import dynamic_sampling
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompt_rows import PromptRow, Prompts
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.errors import UserError
@@ -37,6 +39,7 @@ class Frozen:
     reward: Params
     base: Params
     head_base: Params
+    texts: PackedBatch | None = None  # that the policy learns beside its rollouts
 
     def policy(self, own: Params) -> Params:
         """A whole policy, as models read it: its own parameters over the shared base."""
@@ -77,7 +80,11 @@ def behaviour(policy: TrainState, *, ahead: bool = False) -> Behaviour:
 
 
 class Algorithm(Protocol):
-    """One iteration of an on-policy stage, whole and in its phases; its state has a `policy`, a TrainState."""
+    """One iteration of an on-policy stage, whole and in its phases; its state has a `policy` and `final` parameters."""
+
+    def frozen(self, context: Context) -> Frozen:
+        """What it does not train, on a mesh."""
+        ...
 
     @property
     def config(self) -> Any:
@@ -148,7 +155,7 @@ class Whole:
         self._programs, self._context = programs(algorithm, state), places.training
         self._frozen, self._scorer = frozen, scorer
         self._copies, self._redraws = algorithm.config.copies, algorithm.config.redraws
-        self._chosen = jax.jit(_chosen, out_shardings=sharding.batch_sharding(places.training.mesh))
+        self._chosen = jax.jit(dynamic_sampling.chosen, out_shardings=sharding.batch_sharding(places.training.mesh))
 
     def shapes(self, state: Any) -> Any:
         """The state itself."""
@@ -161,7 +168,7 @@ class Whole:
 
     def readers(self, held: Any) -> tuple[Frozen, Params]:
         """They are there."""
-        return self._frozen, held.policy.params
+        return self._frozen, held.final
 
     def __call__(self, held: Any, batches: Prompts, *, last: bool) -> tuple[Any, Metrics, Rollout]:
         """Sample and learn from the next batch."""
@@ -172,10 +179,10 @@ class Whole:
                 return self._programs["iteration"](held, self._frozen, sharding.shard_batch(mesh, next(batches)[0]))
             rollout, scores = self._scored(held, batches, self._scorer, 0)
             drawn = [scores]
-            while len(drawn) <= self._redraws and equal_groups(scores, self._copies).any():
+            while len(drawn) <= self._redraws and dynamic_sampling.equal_groups(scores, self._copies).any():
                 more, more_scores = self._scored(held, batches, self._scorer, len(drawn))
-                drawn.append(more_scores)
-                index = refilled(scores, more_scores, self._copies)
+                drawn += [more_scores]
+                index = dynamic_sampling.refilled(scores, more_scores, self._copies)
                 rollout, scores = self._chosen(rollout, more, index), np.concatenate([scores, more_scores])[index]
             rollout = rollout.replace(scores=sharding.shard_batch(mesh, scores))
             held, metrics, rollout = self._programs["learn"](held, self._frozen, rollout)
@@ -189,34 +196,9 @@ class Whole:
         """Completions of the next batch, the iteration's first or a later one, and what a function says of them."""
         prompts, rows = next(batches)
         which = (np.int32(draw),) if self._redraws else ()
-        sample = self._programs["sample"]
-        rollout = sample(held, self._frozen, sharding.shard_batch(self._context.mesh, prompts), *which)
+        inputs = held, self._frozen, sharding.shard_batch(self._context.mesh, prompts), *which
+        rollout = self._programs["sample"](*inputs)
         return rollout, hosts.by_rows(scorer, with_rows(rollout, rows, self._context.tokenizer))
-
-
-def equal_groups(scores: Float[np.ndarray, " b"], size: int) -> Bool[np.ndarray, " g"]:
-    """Whether the scores of each group, `size` beside each other, are all the same."""
-    groups = scores.reshape(-1, size)
-    return groups.max(-1) == groups.min(-1)
-
-
-def refilled(scores: Float[np.ndarray, " b"], more: Float[np.ndarray, " b"], size: int) -> Int[np.ndarray, " b"]:
-    """Rows of the two batches, one after the other, that make one: those of the first, its groups of equal scores
-    replaced in order by those groups of the second whose scores are not, as far as these go.
-
-    >>> refilled(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.0]), 2).tolist()
-    [6, 7, 2, 3]
-    """
-    chosen = np.arange(len(scores) // size)
-    empty, good = np.flatnonzero(equal_groups(scores, size)), np.flatnonzero(~equal_groups(more, size))
-    count = min(len(empty), len(good))
-    chosen[empty[:count]] = len(chosen) + good[:count]
-    return (chosen[:, None] * size + np.arange(size)).reshape(-1)
-
-
-def _chosen(rollout: Rollout, more: Rollout, index: Int[Array, " b"]) -> Rollout:
-    merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[index], rollout, more)
-    return merged.replace(group_ids=rollout.group_ids)
 
 
 def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
@@ -245,6 +227,11 @@ class Ahead:
     def policy(self) -> TrainState:
         """The state's."""
         return self.state.policy
+
+    @property
+    def final(self) -> Params:
+        """The state's."""
+        return self.state.final
 
 
 class Drawn(NamedTuple):
@@ -319,7 +306,7 @@ class Phases:
 
     def readers(self, held: Any) -> tuple[Frozen, Params]:
         """The policy moves once more, and who waits in the host's memory comes back."""
-        own = held.policy.params
+        own = held.final
         awake = _put(self._frozen, self._offload, transfer.to_device)
         return awake, transfer.move(own, self._behaviour.params) if self._apart else own
 

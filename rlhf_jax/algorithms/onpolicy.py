@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
 from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
-from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
 from rlhf_jax.data import formats
@@ -144,7 +144,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward)
+        fixed = algorithm.frozen(places.sampling)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -194,7 +194,7 @@ def fit(
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
-    finish(context, name, held.policy.params)
+    finish(context, name, held.final)
     return held
 
 

@@ -10,13 +10,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages, guard, importance, kl, losses, masking
-from rlhf_jax.algorithms import iterations, onpolicy
+from rlhf_jax.algorithms import iterations, onpolicy, trust_region
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.policy_gradient import (
@@ -24,14 +23,15 @@ from rlhf_jax.algorithms.policy_gradient import (
     PolicyGradientConfig,
     loss_mask,
     old_logps,
-    policy_state,
     row_mean,
 )
 from rlhf_jax.algorithms.policy_losses import CLIPS, LOSSES, OF_COMPLETIONS, Loss, Taken
+from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
+from rlhf_jax.algorithms.trust_region import TrustRegion
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy
-from rlhf_jax.masking import fixed_length_mean, sequence_mean, token_mean
+from rlhf_jax.masking import token_mean
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
@@ -77,6 +77,8 @@ class Config(PolicyGradientConfig):
     """What the last tokens before the limit cost."""
     learn_unfinished: bool = True
     """Whether completions without EOS are learnt from (False: overlong filtering, Yu et al. 2025)."""
+    trust_region: TrustRegion | None = None
+    """TRPO's natural-gradient step in place of the optimiser's, one an iteration."""
     kl: FixedKL | AdaptiveKL = field(default_factory=lambda: FixedKL(0.04))
     """Price of KL to the reference."""
     epochs: int = 1
@@ -136,6 +138,19 @@ class Config(PolicyGradientConfig):
                 "kl_estimator='k1' in the loss has an expected gradient of 0; take k2 or k3, or kl_in='reward'",
             ),
             (
+                self.trust_region is not None and (loss, self.epochs, self.minibatches) != ("surrogate", 1, 1),
+                "trust_region takes one step by all completions: loss='surrogate', epochs=1 and minibatches=1",
+            ),
+            (
+                self.trust_region is not None and self.ptx is not None,
+                "ptx is no part of trust_region's step",
+            ),
+            (
+                self.trust_region is not None
+                and (self.optimizer.master, self.optimizer.bad_steps) != ("float32", "stop"),
+                "trust_region takes no optimiser's step: optimizer.master='float32' and bad_steps='stop'",
+            ),
+            (
                 self.overlong is not None and self.overlong.buffer > limit,
                 f"overlong.buffer must be at most completion_tokens={limit}",
             ),
@@ -178,13 +193,6 @@ class Config(PolicyGradientConfig):
         return super().notes() + [text for where, text in biased.items() if where == at and self.kl.coef > 0]
 
 
-class State(flax.struct.PyTreeNode):
-    """All that changes: policy, KL controller."""
-
-    policy: TrainState
-    kl: kl.KLState
-
-
 class Algorithm(PolicyGradient):
     """The methods' steps as functions of (state, frozen, prompts)."""
 
@@ -200,8 +208,8 @@ class Algorithm(PolicyGradient):
         return rollout.replace(group_ids=rows // self.config.group_size, used=None if greedy is None else ~greedy)
 
     def improve(
-        self, state: State, frozen: Frozen, rollout: Rollout, metrics: Metrics
-    ) -> tuple[State, Metrics, Rollout]:
+        self, state: PolicyState, frozen: Frozen, rollout: Rollout, metrics: Metrics
+    ) -> tuple[PolicyState, Metrics, Rollout]:
         """Estimate advantages of a scored rollout, update; the scoring's `metrics` stand in those given back."""
         with jax.named_scope("score"):
             rollout, stale_metrics = self.with_old_logps(rollout, state, frozen)
@@ -210,7 +218,8 @@ class Algorithm(PolicyGradient):
             state, update_metrics = self.update(state, frozen, rollout)
         controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
         metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
-        return state.replace(kl=controller), metrics, rollout
+        average = averaged(state.average, state.policy, self.config.average)
+        return state.replace(kl=controller, average=average), metrics, rollout
 
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
         """Rewards a token, from these advantages, and which completions are learnt from."""
@@ -254,10 +263,14 @@ class Algorithm(PolicyGradient):
         }
         return made[c.baseline]().reshape(-1)
 
-    def update(self, state: State, frozen: Frozen, rollout: Rollout) -> tuple[State, Metrics]:
-        """`epochs` × `minibatches` steps."""
+    def update(self, state: PolicyState, frozen: Frozen, rollout: Rollout) -> tuple[PolicyState, Metrics]:
+        """`epochs` × `minibatches` steps, or the one of a trust region."""
         rows = self.minibatch_rows(jax.random.fold_in(state.policy.step_key(), 1), together=self.together)
         start = dataclasses.replace(state.policy, hyper={**state.policy.hyper, "kl_coef": state.kl.coef})
+        deviation = self.deviation(start, frozen, jax.tree.map(lambda x: x[rows[0]], rollout))
+        if self.config.trust_region is not None:
+            policy, metrics = trust_region.update(self, self.config.trust_region, start, frozen, rollout)
+            return state.replace(policy=policy), {"ratio_deviation": deviation, **metrics}
 
         def step(
             carry: tuple[TrainState, Bool[Array, ""]], rows: Int[Array, " m"]
@@ -268,26 +281,23 @@ class Algorithm(PolicyGradient):
             policy, stopped, metrics = self.policy_update(*carry, batch, frozen)
             return (policy, stopped), metrics
 
-        deviation = self.deviation(start, frozen, jax.tree.map(lambda x: x[rows[0]], rollout))
         (policy, _), metrics = jax.lax.scan(step, (start, jnp.zeros((), bool)), rows)
         metrics = guard.over_steps(metrics)
         return state.replace(policy=policy), {
             "ratio_deviation": deviation,
             "policy_loss": metrics["loss"],
             "skipped_updates": metrics["stopped"],
-            **{name: metrics[name] for name in ("policy_clipped", "approx_kl", "grad_norm")},
+            **{
+                name: metrics[name]
+                for name in ("policy_clipped", "approx_kl", "grad_norm", "ptx_loss")
+                if name in metrics
+            },
             **guard.together(metrics),
         }
 
     def policy_loss(self) -> LossFn:
         """The method's loss, with KL and the entropy bonus where they have a weight in it."""
         c, window = self.config, slice(self.config.prompt_length, None)
-        reduce = {
-            "token": token_mean,
-            "sequence": sequence_mean,
-            "fixed": lambda x, mask: fixed_length_mean(x, mask, length=c.completion_tokens),
-            "sum": lambda x, mask: fixed_length_mean(x, mask, length=1),
-        }[c.reducer]
 
         def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
             del key
@@ -309,7 +319,7 @@ class Algorithm(PolicyGradient):
                 bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
                 loss += hyper["entropy_coef"] * bonus
             metrics = {"policy_clipped": token_mean(clipped, mask), "approx_kl": token_mean(kl.k3(old, logps), mask)}
-            total, balance = with_load_balance(self.spec, reduce(loss, mask), routing, batch.mask)
+            total, balance = with_load_balance(self.spec, self.reduce(loss, mask), routing, batch.mask)
             return total, metrics | balance
 
         return loss_fn
@@ -322,9 +332,10 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
 
 
-def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:
+def initial_state(algorithm: Algorithm, context: Context, name: str) -> PolicyState:
     """The policy at the start of training, in shards."""
     c = algorithm.config
     hyper = {"clip_eps": c.clip_eps or 0.0, "clip_eps_high": c.clip_eps_high or 0.0, "entropy_coef": c.entropy_coef}
     hyper["kl_coef"] = c.kl.coef
-    return State(policy=policy_state(algorithm, context, name, hyper), kl=context.replicated(c.kl.init()))
+    policy = policy_state(algorithm, context, name, hyper)
+    return PolicyState(policy, context.replicated(c.kl.init()), None if c.average is None else copied(policy.params))

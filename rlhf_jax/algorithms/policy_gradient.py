@@ -3,6 +3,7 @@
 Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,21 +14,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import kl, masking, models
-from rlhf_jax.algorithms import iterations
-from rlhf_jax.algorithms.context import Context, check_positive
+from rlhf_jax.algorithms import iterations, pretraining_mix
+from rlhf_jax.algorithms.context import Context, check_field, check_positive
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
+from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
 from rlhf_jax.data.prompts import PromptBatch
+from rlhf_jax.data.sources import Data
+from rlhf_jax.data.texts import check_texts
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
-from rlhf_jax.models import ModelSpec, lora
-from rlhf_jax.models.heads import box
+from rlhf_jax.models import ModelSpec
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import Shaping
 from rlhf_jax.sampling import ended, generate
-from rlhf_jax.train_step import in_parts, keep_if, make_train_step, sharded_state
-from rlhf_jax.types import Key, LossFn, Metrics, Params, Rollout, TrainState
+from rlhf_jax.train_step import in_parts, keep_if, make_train_step
+from rlhf_jax.types import Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
+
+_TEXTS = 2**31 - 2  # of a step's keys: no microbatch has this index
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,10 @@ class PolicyGradientConfig(OnPolicyConfig):
     """Weight of the entropy bonus."""
     stop_at_kl: float | None = None
     """Ends an iteration's policy updates where the KL to the policy it began with exceeds this, in nats a token."""
+    ptx: PretrainingMix | None = None
+    """Texts of the experiment that the policy learns beside its rollouts: PPO-ptx."""
+    average: float | None = None
+    """Decay of a moving average of the policy's parameters over iterations, which is what the stage ends with."""
     exact_kl_rows: int = 32
     """Completions an iteration whose KL is also summed over the whole vocabulary."""
 
@@ -67,8 +77,29 @@ class PolicyGradientConfig(OnPolicyConfig):
             raise ValueError(f"kl.horizon={self.kl.horizon} must be over a fifth of batch_size={self.batch_size}")
         if self.exact_kl_rows > self.batch_size:
             raise ValueError(f"exact_kl_rows={self.exact_kl_rows} must be at most batch_size={self.batch_size}")
-        for name, interval in (("gamma", "[0, 1]"), ("entropy_coef", "[0, inf)"), ("stop_at_kl", "(0, inf)")):
+        for name, interval in (
+            ("gamma", "[0, 1]"),
+            ("entropy_coef", "[0, inf)"),
+            ("stop_at_kl", "(0, inf)"),
+            ("average", "(0, 1)"),
+        ):
             require(name, vars(self)[name], interval)
+        if self.ptx is not None and self.ptx.batch_size % self.num_microbatches:
+            raise ValueError(
+                f"ptx.batch_size={self.ptx.batch_size} must divide by num_microbatches={self.num_microbatches}"
+            )
+        if self.ptx is not None and self.placement != Colocated():
+            raise ValueError("ptx needs placement=Colocated() without offload")
+
+    def check_inputs(self, data: Data) -> None:
+        """The experiment's texts too, where the policy learns them."""
+        super().check_inputs(data)
+        if self.ptx is not None:
+            check_field("ptx", lambda: check_texts(data, labelled=False))
+
+    def lengths(self) -> dict[str, int]:
+        """A row of text too."""
+        return super().lengths() | ({} if self.ptx is None else {"ptx.row_length": self.ptx.row_length})
 
     @property
     def parts(self) -> int:
@@ -91,9 +122,10 @@ class PolicyGradient(ABC):
     def __init__(self, config: Any, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
         self.config, self.spec, self.eos_id, self.pad_id = config, spec, eos_id, pad_id
         self.policy_optimizer = config.optimizer.make(config.updates)
-        self.policy_step = make_train_step(
-            self.policy_loss(), self.policy_optimizer, num_microbatches=config.num_microbatches
-        )
+        loss_fn = self.policy_loss()
+        if config.ptx is not None:
+            loss_fn = pretraining_mix.with_texts(loss_fn, spec, config.ptx)
+        self.policy_step = make_train_step(loss_fn, self.policy_optimizer, num_microbatches=config.num_microbatches)
 
     @abstractmethod
     def policy_loss(self) -> LossFn:
@@ -102,6 +134,12 @@ class PolicyGradient(ABC):
     @abstractmethod
     def improve(self, state: Any, frozen: Frozen, rollout: Rollout, metrics: Metrics) -> tuple[Any, Metrics, Rollout]:
         """Update by a scored rollout; the scoring's `metrics` stand in those given back."""
+
+    def frozen(self, context: Context) -> Frozen:
+        """Reference, reward model, what lies under adapters, and texts where they are learnt."""
+        fixed = iterations.frozen(context, policy=self.config.policy, reward=self.config.reward)
+        ptx = self.config.ptx
+        return fixed if ptx is None else dataclasses.replace(fixed, texts=pretraining_mix.held(ptx, context))
 
     def iteration(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> tuple[Any, Metrics, Rollout]:
         """Sample, score, update."""
@@ -207,12 +245,26 @@ class PolicyGradient(ABC):
         self, policy: TrainState, stopped: Bool[Array, ""], batch: Any, frozen: Frozen
     ) -> tuple[TrainState, Bool[Array, ""], Metrics]:
         """One minibatch's step, which is not taken once the policy went too far."""
+        if self.config.ptx is not None:
+            assert frozen.texts is not None
+            mask, key = loss_mask(batch), jax.random.fold_in(policy.step_key(), _TEXTS)
+            count = self.reduce(jnp.zeros(mask.shape), mask).count
+            batch = pretraining_mix.mixed(self.config.ptx, batch, count, frozen.texts, key)
         new, metrics = self.policy_step(policy, batch, frozen.base)
         if self.config.stop_at_kl is not None:
             stopped |= metrics["approx_kl"] > self.config.stop_at_kl  # went too far already
             new = keep_if(stopped, policy, new)
         metrics["stopped"] = stopped.astype(jnp.float32)
         return new, stopped, metrics
+
+    def reduce(self, x: Float[Array, "*b t"], mask: Bool[Array, "*b t"]) -> Mean:
+        """The loss's mean, as the config's `reducer` says."""
+        longest = self.config.completion_tokens
+        return {
+            **masking.REDUCERS,
+            "fixed": partial(masking.fixed_length_mean, length=longest),
+            "sum": partial(masking.fixed_length_mean, length=1),
+        }[self.config.reducer](x, mask)
 
     def padded(self, x: Float[Array, "b n"]) -> Float[Array, "b t"]:
         """Zeros in place of the prompt."""
@@ -243,24 +295,9 @@ def old_logps(rollout: Rollout) -> Float[Array, "b t"]:
 def loss_mask(rollout: Rollout) -> Bool[Array, "b t"]:
     """The tokens that are learnt from."""
     mask = rollout.completion_mask
-    return mask if rollout.used is None else mask & rollout.used[:, None]
+    return mask if rollout.used is None else mask & rollout.used[..., None]
 
 
 def row_mean(x: Float[Array, " b"], used: Bool[Array, " b"] | None, *, rows: int | None = None) -> Float[Array, ""]:
     """Over the completions that are used, of the first `rows` of them."""
     return x[:rows].mean() if used is None else masking.masked_mean(x[:rows], used[:rows])
-
-
-def policy_state(algorithm: PolicyGradient, context: Context, name: str, hyper: dict[str, float]) -> TrainState:
-    """The policy at the start of training, in shards; `hyper` beside its learning rate."""
-    c = algorithm.config
-    boxes = lora.own(context.spec, jax.eval_shape(partial(models.init, context.spec), jax.random.key(0)))
-    return sharded_state(
-        context.mesh,
-        partial(box, boxes=boxes),
-        context.policy_params(c.policy),
-        algorithm.policy_optimizer,
-        {"learning_rate": c.optimizer.learning_rate, **hyper},
-        context.key(name),
-        master=c.optimizer.master,
-    )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.algorithms.policy import Config
+from rlhf_jax.algorithms.trust_region import TrustRegion
 from rlhf_jax.kl import FixedKL
 from rlhf_jax.rewards.shaping import OverlongPenalty
 
@@ -47,6 +48,11 @@ METHODS: dict[str, Mapping[str, Any]] = {
     # Wu et al. 2023: pairs of completions.
     "p3o": {
         "loss": "p3o", "group_size": 2, "baseline": "none", "scale": "none", "kl_in": "reward", "kl_estimator": "k1",
+    },
+    # Schulman et al. 2015: the natural gradient, as far as a divergence allows; RLOO's advantages.
+    "trpo": {
+        "loss": "surrogate", "clip_eps": None, "group_size": 4, "baseline": "leave_one_out", "scale": "batch",
+        "kl_in": "reward", "kl_estimator": "k1", "reducer": "token", "trust_region": TrustRegion(),
     },
 }  # fmt: skip
 """The fields in which a method differs from GRPO."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -22,7 +21,8 @@ from rlhf_jax.algorithms import iterations, onpolicy
 from rlhf_jax.algorithms.context import Context, Kind, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import ValueHead
-from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig, old_logps, policy_state
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig, old_logps
+from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
@@ -72,12 +72,10 @@ class Config(PolicyGradientConfig):
         return (*super().idle_roles, "critic")
 
 
-class State(flax.struct.PyTreeNode):
-    """All that changes: policy, critic, KL controller."""
+class State(PolicyState):
+    """The critic too."""
 
-    policy: TrainState
     critic: TrainState
-    kl: kl.KLState
 
 
 class Algorithm(PolicyGradient):
@@ -101,7 +99,8 @@ class Algorithm(PolicyGradient):
             state, update_metrics = self.update(state, frozen, rollout)
         controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
         metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
-        return state.replace(kl=controller), metrics, rollout
+        average = averaged(state.average, state.policy, self.config.average)
+        return state.replace(kl=controller, average=average), metrics, rollout
 
     def with_values(self, rollout: Rollout, state: State, frozen: Frozen) -> Rollout:
         """The critic's values."""
@@ -149,7 +148,7 @@ class Algorithm(PolicyGradient):
             "value_loss": critic["loss"],
             "policy_clipped": policy["policy_clipped"],
             "value_clipped": critic["value_clipped"],
-            "approx_kl": policy["approx_kl"],
+            **{name: policy[name] for name in ("approx_kl", "ptx_loss") if name in policy},
             "grad_norm": policy["grad_norm"],
             "critic_grad_norm": critic["grad_norm"],
             "skipped_updates": policy["stopped"],
@@ -175,7 +174,7 @@ class Algorithm(PolicyGradient):
                 "policy_clipped": masking.token_mean(d["clipped"], mask),
                 "approx_kl": masking.token_mean(kl.k3(old, logps), mask),
             }
-            total, balance = with_load_balance(self.spec, masking.REDUCERS[c.reducer](loss, mask), routing, batch.mask)
+            total, balance = with_load_balance(self.spec, self.reduce(loss, mask), routing, batch.mask)
             return total, metrics | balance
 
         return loss_fn
@@ -190,7 +189,7 @@ class Algorithm(PolicyGradient):
             values = models.values(self.spec, params, batch.tokens, batch.mask)[:, window]
             clip_eps = None if c.value_clip is None else hyper["value_clip"]
             loss, d = losses.clipped_value(values, batch.values[:, window], batch.returns[:, window], clip_eps=clip_eps)
-            return masking.REDUCERS[c.reducer](loss, mask), {"value_clipped": masking.token_mean(d["clipped"], mask)}
+            return self.reduce(loss, mask), {"value_clipped": masking.token_mean(d["clipped"], mask)}
 
         return loss_fn
 
@@ -206,8 +205,10 @@ def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:
     """Policy and critic at the start of training, in shards."""
     c, spec = algorithm.config, context.spec
     critic_boxes = jax.eval_shape(partial(models.init_with_head, spec), jax.random.key(0))
+    policy = policy_state(algorithm, context, name, {"clip_eps": c.clip_eps, "entropy_coef": c.entropy_coef})
     return State(
-        policy=policy_state(algorithm, context, name, {"clip_eps": c.clip_eps, "entropy_coef": c.entropy_coef}),
+        policy=policy,
+        average=None if c.average is None else copied(policy.params),
         critic=sharded_state(
             context.mesh,
             partial(box, boxes=critic_boxes),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import iterations, policy, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import iterations, policy, ppo, pretrain, pretraining_mix, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
@@ -150,6 +150,8 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
     frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
+    if config.ptx is not None:
+        frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
