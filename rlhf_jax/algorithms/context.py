@@ -28,7 +28,7 @@ BASE = "base"
 """Names the experiment's own model where a field names a stage."""
 
 
-Kind = Literal["policy", "reward"]
+Kind = Literal["policy", "reward", "rows"]
 
 
 class StageConfig(Protocol):
@@ -36,7 +36,7 @@ class StageConfig(Protocol):
 
     @property
     def produces(self) -> Kind:
-        """What the stage's parameters are."""
+        """What the stage's parameters are; or rows, and none (`made_rows`)."""
         ...
 
     def requires(self) -> dict[str, tuple[str, Kind]]:
