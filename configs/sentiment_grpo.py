@@ -7,8 +7,8 @@ A completion is compared with the seven others of its prompt (Shao et al. 2024).
 never equal.
 """
 
-from rlhf_jax.algorithms import reward_model, sft
-from rlhf_jax.algorithms.policy_methods import method
+from rlhf_jax.algorithms import policy, reward_model, sft
+from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
@@ -36,8 +36,8 @@ def get_config() -> Experiment:
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
-            "grpo": method(
-                "grpo",
+            "grpo": policy.Config(
+                **METHODS["grpo"],
                 policy="sft",
                 reward="reward_model",
                 group_size=8,

@@ -6,8 +6,8 @@ Whole completions are the actions, and the mean score of a prompt's other comple
 2024): one step an iteration, of all its completions.
 """
 
-from rlhf_jax.algorithms import reward_model, sft
-from rlhf_jax.algorithms.policy_methods import method
+from rlhf_jax.algorithms import policy, reward_model, sft
+from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
@@ -35,11 +35,10 @@ def get_config() -> Experiment:
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
-            "rloo": method(
-                "rloo",
+            "rloo": policy.Config(
+                **METHODS["rloo"],
                 policy="sft",
                 reward="reward_model",
-                group_size=4,
                 steps=40,
                 batch_size=128,
                 kl=FixedKL(coef=0.1),

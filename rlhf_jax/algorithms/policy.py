@@ -95,13 +95,13 @@ class Config(PolicyGradientConfig):
             if interval is None and value is not None:
                 raise ValueError(f"{name}={value}: loss={self.loss!r} has no such range: None")
             require(name, value, interval or "(0, inf)")
-        problem = next((text for wrong, text in self._problems() if wrong), None)
-        if problem is not None:
-            raise ValueError(problem)
+        for wrong, text in (*self._of_groups(), *self._of_loss(), *self._of_others()):
+            if wrong:
+                raise ValueError(text)
 
-    def _problems(self) -> list[tuple[bool, str]]:
+    def _of_groups(self) -> list[tuple[bool, str]]:
         """What may not stand together, and how it is told."""
-        k, loss, limit = self.group_size, self.loss, self.completion_tokens
+        k, loss = self.group_size, self.loss
         compares = self.baseline in ("group", "leave_one_out", "greedy") or self.scale == "group" or loss == "p3o"
         by = "loss='p3o'" if loss == "p3o" else f"baseline={self.baseline!r}, scale={self.scale!r}"
         unit = 2 if loss == "p3o" else 1
@@ -121,6 +121,11 @@ class Config(PolicyGradientConfig):
                 self.scale == "group" and self.baseline != "group",
                 f"scale='group' goes with baseline='group', not {self.baseline!r}",
             ),
+        ]
+
+    def _of_loss(self) -> list[tuple[bool, str]]:
+        loss = self.loss
+        return [
             (
                 loss in OF_COMPLETIONS and (self.reducer, self.credit) != ("sequence", "completion"),
                 f"loss={loss!r} is one of whole completions: reducer='sequence' and credit='completion'",
@@ -137,17 +142,18 @@ class Config(PolicyGradientConfig):
                 self.kl_in == "loss" and self.kl_estimator == "k1" and self.kl.coef > 0,
                 "kl_estimator='k1' in the loss has an expected gradient of 0; take k2 or k3, or kl_in='reward'",
             ),
+        ]
+
+    def _of_others(self) -> list[tuple[bool, str]]:
+        limit, region = self.completion_tokens, self.trust_region is not None
+        return [
             (
-                self.trust_region is not None and (loss, self.epochs, self.minibatches) != ("surrogate", 1, 1),
+                region and (self.loss, self.epochs, self.minibatches) != ("surrogate", 1, 1),
                 "trust_region takes one step by all completions: loss='surrogate', epochs=1 and minibatches=1",
             ),
+            (region and self.ptx is not None, "ptx is no part of trust_region's step"),
             (
-                self.trust_region is not None and self.ptx is not None,
-                "ptx is no part of trust_region's step",
-            ),
-            (
-                self.trust_region is not None
-                and (self.optimizer.master, self.optimizer.bad_steps) != ("float32", "stop"),
+                region and (self.optimizer.master, self.optimizer.bad_steps) != ("float32", "stop"),
                 "trust_region takes no optimiser's step: optimizer.master='float32' and bad_steps='stop'",
             ),
             (
@@ -155,7 +161,7 @@ class Config(PolicyGradientConfig):
                 f"overlong.buffer must be at most completion_tokens={limit}",
             ),
             (
-                self.dynamic_sampling > 0 and (k < 2 or isinstance(self.reward, str)),
+                self.dynamic_sampling > 0 and (self.group_size < 2 or isinstance(self.reward, str)),
                 "dynamic_sampling replaces groups of equal scores: it needs group_size of at least 2 and a reward "
                 "that is a function of texts, for a network's scores differ",
             ),

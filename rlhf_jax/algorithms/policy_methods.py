@@ -1,23 +1,22 @@
 """Methods of the `policy` stage by their papers' names: each is the fields in which it differs from GRPO.
 
-    policy_methods.method("rloo", group_size=4, steps=20)      # a policy.Config; any field may be given
+    policy.Config(**METHODS["rloo"], steps=20)
+    policy.Config(**METHODS["rloo"] | {"group_size": 2}, steps=20)      # with a field of its own replaced
 
 Learning rates, sizes and the price of KL are the experiment's to say, and are here the papers' only where they are part
 of a method.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.algorithms.policy import Config
 from rlhf_jax.algorithms.trust_region import TrustRegion
 from rlhf_jax.kl import FixedKL
 from rlhf_jax.rewards.shaping import OverlongPenalty
 
-_BANDIT = {"kl_in": "reward", "kl_estimator": "k1", "clip_eps": None, "scale": "none", "reducer": "sum"}
-_NO_KL = {"kl": FixedKL(0.0)}
+_BANDIT: dict[str, Any] = {"kl_in": "reward", "kl_estimator": "k1", "clip_eps": None, "scale": "none", "reducer": "sum"}
+_NO_KL: dict[str, Any] = {"kl": FixedKL(0.0)}
 
-METHODS: dict[str, Mapping[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     # Williams 1992: whole completions, as REINFORCE's baseline the mean score of the others in the batch.
     "reinforce": {**_BANDIT, "loss": "reinforce", "group_size": 1, "baseline": "batch"},
     # Ahmadian et al. 2024: the baseline is the mean of the prompt's other completions.
@@ -56,14 +55,3 @@ METHODS: dict[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """The fields in which a method differs from GRPO."""
-
-
-def method(name: str, **fields: Any) -> Config:
-    """A method of `METHODS` with other fields beside its own, which they may replace.
-
-    >>> method("rloo", steps=10).baseline
-    'leave_one_out'
-    """
-    if name not in METHODS:
-        raise ValueError(f"method={name!r}: must be one of {', '.join(METHODS)}")
-    return Config(**{**METHODS[name], **fields})

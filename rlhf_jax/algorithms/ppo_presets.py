@@ -1,15 +1,13 @@
 """PPO's details of four papers by name, every one a field of `ppo.Config`, which may be given anew.
 
-    ppo_presets.preset("nplus", policy="sft", reward="reward_model", data=TLDR)
+    ppo.Config(**PRESETS["nplus"], policy="sft", reward="reward_model", data=POSTS)
 
 Data, model and mesh are the experiment's. Where a paper's detail has no field here, its entry says what stands instead.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.algorithms.onpolicy import ValueHead
-from rlhf_jax.algorithms.ppo import Config
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.optim import Optimizer
@@ -17,7 +15,7 @@ from rlhf_jax.rewards.shaping import EosPenalty, Shaping
 from rlhf_jax.sampling import Sampling
 
 _UNCLIPPED = 1e9  # a gradient's norm
-_TLDR = {
+_TLDR: dict[str, Any] = {
     "prompt_tokens": (1, 511), "completion_tokens": 53, "too_long": "paragraph",
     "sampling": Sampling(temperature=0.7), "evaluation_sampling": Sampling(temperature=0.01),
     "batch_size": 512, "steps": 1_000_000 // 512, "epochs": 4, "minibatches": 1,
@@ -28,7 +26,7 @@ _TLDR = {
     "critic_optimizer": Optimizer(3e-6, schedule="linear", b2=0.999, eps=1e-5, clip_norm=_UNCLIPPED),
 }  # fmt: skip
 
-PRESETS: dict[str, Mapping[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # Here the critic has a trunk of its own, where theirs shared the policy's and had 0.1 of its loss; completions may
     # end at EOS; and none is cut at a full stop before it is scored.
     "ziegler2019": {
@@ -61,14 +59,3 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """The fields that a paper sets."""
-
-
-def preset(name: str, **fields: Any) -> Config:
-    """A paper's PPO with other fields beside its own, which they may replace.
-
-    >>> preset("nplus", batch_size=64).shaping.eos_penalty.score
-    -1.0
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
-    return Config(**{**PRESETS[name], **fields})

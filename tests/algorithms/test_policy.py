@@ -12,7 +12,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import iterations, policy, prompting
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Behaviour, Whole
-from rlhf_jax.algorithms.policy_methods import METHODS, method
+from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.interop.pretrained import Pretrained
@@ -48,7 +48,7 @@ def make(name, **fields):
     own = {"reward": PatternMatch("e")} if METHODS[name].get("dynamic_sampling") else {}
     own |= {"overlong": OverlongPenalty(buffer=3)} if "overlong" in METHODS[name] else {}
     own |= {"group_size": 4} if METHODS[name].get("group_size", 8) == 8 else {}
-    return method(name, **{**COMMON, **own, **fields})
+    return policy.Config(**METHODS[name] | COMMON | own | fields)
 
 
 def algorithm_of(config):
@@ -395,8 +395,3 @@ BAD = [
 def test_fields_that_do_not_go_together_are_named(name, fields, message):
     with pytest.raises(ValueError, match=message):
         make(name, **fields)
-
-
-def test_an_unknown_method_is_named():
-    with pytest.raises(ValueError, match="method='grop': must be one of reinforce, rloo, "):
-        method("grop")
