@@ -24,7 +24,17 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
-from rlhf_jax.algorithms import ai_feedback, constitutional, made_rows, ppo, preference, pretrain, reward_model, sft
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    constitutional,
+    made_rows,
+    policy,
+    ppo,
+    preference,
+    pretrain,
+    reward_model,
+    sft,
+)
 from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
@@ -45,6 +55,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     ppo.Config: ppo.train,
     constitutional.Config: constitutional.train,
     ai_feedback.Config: ai_feedback.train,
+    policy.Config: policy.train,
 }
 """What trains each kind of stage."""
 

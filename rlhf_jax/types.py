@@ -88,7 +88,8 @@ class Rollout(flax.struct.PyTreeNode):
     rewards: Float[Array, "b t"] = flax.struct.field(default=None)  # after the KL penalty
     advantages: Float[Array, "b t"] = flax.struct.field(default=None)
     returns: Float[Array, "b t"] = flax.struct.field(default=None)
-    group_ids: Int[Array, " b"] = flax.struct.field(default=None)
+    group_ids: Int[Array, " b"] = flax.struct.field(default=None)  # completions of one prompt have the same
+    used: Bool[Array, " b"] = flax.struct.field(default=None)  # whether it is learnt from; None: all are
     written_at: Int[Array, " b"] = flax.struct.field(
         default=None
     )  # optimiser steps that the behaviour policy had taken

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rlhf_jax import guard, hosts
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
-from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.data.encoding import Selected
@@ -78,6 +78,16 @@ class OnPolicyConfig(Prompting):
         return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
 
     @property
+    def redraws(self) -> int:
+        """How often, at most, groups of equal scores are replaced by those of further prompts."""
+        return 0
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know: lines of the log."""
+        cuts = "top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased"
+        return [cuts] * self.sampling.truncates
+
+    @property
     def produces(self) -> Kind:
         """A language model."""
         return "policy"
@@ -124,7 +134,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward, combine=config.combine)
+        fixed = algorithm.frozen(places.sampling)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -166,8 +176,8 @@ def fit(
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
     share = config.optimizer.share(config.updates)
     with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
-        if config.sampling.truncates:
-            loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
+        for text in config.notes():
+            loop.note(f"{name}: {text}")
         if config.data is not None:
             loop.note(f"{name}: {prompts.counts.line()}")
         shapes = iterations.shapes(state)
@@ -181,7 +191,7 @@ def fit(
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
-    finish(context, name, held.policy.params)
+    finish(context, name, held.final)
     return held
 
 

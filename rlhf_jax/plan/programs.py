@@ -18,15 +18,18 @@ from rlhf_jax.algorithms import (
     ai_feedback,
     constitutional,
     iterations,
+    policy,
     ppo,
     preference,
     pretrain,
+    pretraining_mix,
     reward_model,
     sft,
     supervised,
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -177,16 +180,29 @@ def _preference(config: preference.Config, context: Context, name: str) -> Itera
 
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
-    spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
+    algorithm = ppo.Algorithm(config, context.spec, **ENDS)
+    state = ppo.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+
+
+def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = policy.Algorithm(config, context.spec, **ENDS)
+    state = policy.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
+def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
+    config = algorithm.config
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    algorithm = ppo.Algorithm(config, spec, **ENDS)
-    state = ppo.initial_state(algorithm, context, name)
     frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
+    if config.ptx is not None:
+        frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
-    kept = _roles(frozen, state.policy, state.critic)
+    kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
     for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
@@ -242,6 +258,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     ppo.Config: _ppo,
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
+    policy.Config: _policy,
 }
 """What makes the programs of each kind of stage."""
 
