@@ -1,6 +1,6 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
 from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
@@ -21,12 +22,11 @@ from rlhf_jax.data.reading import read
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer, compare, write_samples
+from rlhf_jax.evals.policy import Judge, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.host import HostFunction, HostReward
-from rlhf_jax.rewards.sentiment import GoldClassifier, vader
-from rlhf_jax.sampling import Sampler, Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
 
 
@@ -139,7 +139,13 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
         fixed, last = iterations.readers(state)
         before, after = evaluate(
-            config,
+            Drawing(
+                config.prompt_length,
+                config.completion_tokens,
+                config.evaluation_sampling or config.sampling,
+                config.sampling.temperature,
+                config.batch_size,
+            ),
             places.sampling,
             name,
             (fixed.policy(fixed.reference), fixed.policy(last)),
@@ -188,46 +194,11 @@ def fit(
 
 
 def judges(config: OnPolicyConfig, context: Context) -> dict[str, Judge]:
-    """Who else reads completions: of openings of labelled reviews a classifier fitted on others, and VADER."""
-    return {} if config.data is not None else {"gold": GoldClassifier.fit(context.reviews.train), "vader": vader}
+    """Who else reads completions, where prompts are openings of labelled reviews."""
+    return {} if config.data is not None else sentiment_judges(context)
 
 
 def largest(context: Context, name: str, *metrics: str) -> dict[str, float]:
     """The largest value of each metric over a stage's steps, those of earlier sessions included."""
     lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
     return {metric: max(line[metric] for line in lines) for metric in metrics}
-
-
-def evaluate(
-    config: OnPolicyConfig,
-    context: Context,
-    name: str,
-    policies: Sequence[Params],
-    *,
-    prompts: Sequence[PromptRow],
-    reference: Params,
-    reward: Params | Scorer,
-    judges: Mapping[str, Judge],
-) -> list[list[Row]]:
-    """Let each policy complete the same prompts, and read what it writes."""
-    sampler = Sampler(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        prompt_length=config.prompt_length,
-        max_new_tokens=config.completion_tokens,
-        sampling=config.evaluation_sampling or config.sampling,
-        batch_size=config.batch_size,
-    )
-    evaluation = PolicyEvaluation(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        sampler,
-        prompts,
-        context.key(f"{name}/evaluation"),
-        reward=reward,
-        judges=judges,
-        temperature=config.sampling.temperature,
-    )
-    return [evaluation(params, reference) for params in policies]

@@ -45,8 +45,9 @@ def load_prompts(config: Prompting, context: Context, name: str) -> Selected[Pro
     """A source's prompts, or openings of validation reviews, and of as many test reviews as are evaluated on."""
     if config.data is None:
         reviews = context.reviews
-        train = _openings(config, context, reviews.validation, name, max(len(reviews.validation), config.batch_size))
-        heldout = _openings(config, context, reviews.test, f"{name}/evaluation", config.evaluation_prompts)
+        most = max(len(reviews.validation), config.batch_size)
+        train = openings(context, reviews.validation, name, tokens=config.prompt_tokens, count=most)
+        heldout = heldout_openings(context, name, tokens=config.prompt_tokens, count=config.evaluation_prompts)
         return Selected(train, heldout, reviews.counts)
     selected = select_prompts(
         config.data,
@@ -60,12 +61,18 @@ def load_prompts(config: Prompting, context: Context, name: str) -> Selected[Pro
     return Selected(selected.train, [selected.heldout[i] for i in some], selected.counts)
 
 
-def _openings(
-    config: Prompting, context: Context, reviews: Sequence[Review], stream: str, count: int
+def heldout_openings(context: Context, name: str, *, tokens: tuple[int, int], count: int) -> list[PromptRow]:
+    """Openings of test reviews, which nothing was trained on: what a stage is evaluated on."""
+    return openings(context, context.reviews.test, f"{name}/evaluation", tokens=tokens, count=count)
+
+
+def openings(
+    context: Context, reviews: Sequence[Review], stream: str, *, tokens: tuple[int, int], count: int
 ) -> list[PromptRow]:
+    """So many openings of reviews, of fewest and most `tokens`, drawn by the random `stream` of a stage."""
     tokenizer, rng = context.tokenizer, context.rng(stream)
-    chosen = review_prompts(reviews, tokenizer, tokens=config.prompt_tokens, count=count, rng=rng)
-    return [PromptRow(tuple(tokens), tokenizer.decode(tokens), {}) for tokens in chosen]
+    chosen = review_prompts(reviews, tokenizer, tokens=tokens, count=count, rng=rng)
+    return [PromptRow(tuple(ids), tokenizer.decode(ids), {}) for ids in chosen]
 
 
 def prompt_batches(rows: Sequence[PromptRow], config: Prompting, context: Context) -> Prompts:

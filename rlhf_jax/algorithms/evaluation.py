@@ -1,0 +1,65 @@
+"""Policies read by what they write, for every stage that trains one: the same prompts, key and judges."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf_jax.algorithms.context import Context
+from rlhf_jax.data.prompt_rows import PromptRow
+from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.rewards.sentiment import GoldClassifier, vader
+from rlhf_jax.sampling import Sampler, Sampling
+from rlhf_jax.types import Params
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How completions are drawn to be read."""
+
+    prompt_length: int
+    """Columns of a prompt, BOS included."""
+    completion_tokens: int
+    sampling: Sampling
+    temperature: float
+    """Of the log-probs in the KL, whichever one completions are sampled at."""
+    batch_size: int
+    """Completions at once."""
+
+
+def sentiment_judges(context: Context) -> dict[str, Judge]:
+    """Who reads openings of labelled reviews with what follows them: a classifier fitted on others, and VADER."""
+    return {"gold": GoldClassifier.fit(context.reviews.train), "vader": vader}
+
+
+def evaluate(
+    drawing: Drawing,
+    context: Context,
+    name: str,
+    policies: Sequence[Params],
+    *,
+    prompts: Sequence[PromptRow],
+    reference: Params,
+    reward: Params | Scorer,
+    judges: Mapping[str, Judge],
+) -> list[list[Row]]:
+    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
+    sampler = Sampler(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        prompt_length=drawing.prompt_length,
+        max_new_tokens=drawing.completion_tokens,
+        sampling=drawing.sampling,
+        batch_size=drawing.batch_size,
+    )
+    evaluation = PolicyEvaluation(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        sampler,
+        prompts,
+        context.key(f"{name}/evaluation"),
+        reward=reward,
+        judges=judges,
+        temperature=drawing.temperature,
+    )
+    return [evaluation(params, reference) for params in policies]
