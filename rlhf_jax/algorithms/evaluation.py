@@ -30,6 +30,38 @@ def sentiment_judges(context: Context) -> dict[str, Judge]:
     return {"gold": GoldClassifier.fit(context.reviews.train), "vader": vader}
 
 
+def evaluator(
+    drawing: Drawing,
+    context: Context,
+    stream: str,
+    *,
+    prompts: Sequence[PromptRow],
+    reward: Params | Scorer,
+    judges: Mapping[str, Judge],
+) -> PolicyEvaluation:
+    """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
+    sampler = Sampler(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        prompt_length=drawing.prompt_length,
+        max_new_tokens=drawing.completion_tokens,
+        sampling=drawing.sampling,
+        batch_size=drawing.batch_size,
+    )
+    return PolicyEvaluation(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        sampler,
+        prompts,
+        context.key(stream),
+        reward=reward,
+        judges=judges,
+        temperature=drawing.temperature,
+    )
+
+
 def evaluate(
     drawing: Drawing,
     context: Context,
@@ -42,24 +74,5 @@ def evaluate(
     judges: Mapping[str, Judge],
 ) -> list[list[Row]]:
     """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
-    sampler = Sampler(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        prompt_length=drawing.prompt_length,
-        max_new_tokens=drawing.completion_tokens,
-        sampling=drawing.sampling,
-        batch_size=drawing.batch_size,
-    )
-    evaluation = PolicyEvaluation(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        sampler,
-        prompts,
-        context.key(f"{name}/evaluation"),
-        reward=reward,
-        judges=judges,
-        temperature=drawing.temperature,
-    )
+    evaluation = evaluator(drawing, context, f"{name}/evaluation", prompts=prompts, reward=reward, judges=judges)
     return [evaluation(params, reference) for params in policies]

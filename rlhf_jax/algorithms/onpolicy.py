@@ -1,7 +1,7 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from rlhf_jax.data.reading import read
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals.policy import Judge, compare, write_samples
+from rlhf_jax.evals.policy import Judge, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.host import HostFunction, HostReward
@@ -39,48 +39,21 @@ class ValueHead:
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig(Prompting):
-    """Fields of every stage that samples from its policy and learns from a reward."""
+class Rewarded(Prompting):
+    """Fields of every stage in which a reward scores what a policy writes."""
 
     policy: str = "sft"
-    """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    """The stage whose policy writes; or "base"."""
     reward: str | HostFunction = "reward_model"
     """What scores completions: a reward_model stage, or a function of texts."""
-    steps: int = 40
-    """Iterations: each samples a batch and learns from it."""
     completion_tokens: int = 40
     """Most tokens of a completion."""
     sampling: Sampling = field(default_factory=Sampling)
     """How completions are drawn."""
-    evaluation_sampling: Sampling | None = None
-    """How they are drawn before and after; none: as in training. KL is read at the temperature of training."""
-    checkpoint_every: int = 10
-    """Iterations between checkpoints."""
-    placement: Placement = field(default_factory=Colocated)
-    """Which devices hold which role: all of them every one, or some each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "steps", "completion_tokens", "checkpoint_every")
-        roles = ", ".join(self.idle_roles)
-        for role in self.placement.offload:
-            if role not in self.idle_roles:
-                raise ValueError(f"placement.offload: {role!r} has nothing on the devices here; these have: {roles}")
-
-    @property
-    def idle_roles(self) -> tuple[Idle, ...]:
-        """Roles that hold parameters or states in phases in which they are idle."""
-        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
-
-    @property
-    def max_weight(self) -> float | None:
-        """Largest importance weight of a token, where rollouts are made ahead; None where they are the policy's own."""
-        return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
-
-    @property
-    def produces(self) -> Kind:
-        """A language model."""
-        return "policy"
+        check_positive(self, "completion_tokens")
 
     def requires(self) -> dict[str, tuple[str, Kind]]:
         """Policy and reward model."""
@@ -108,6 +81,45 @@ class OnPolicyConfig(Prompting):
     def lengths(self) -> dict[str, int]:
         """BOS, prompt and completion."""
         return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig(Rewarded):
+    """Fields of every stage that samples from its policy and learns from a reward."""
+
+    policy: str = "sft"
+    """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    steps: int = 40
+    """Iterations: each samples a batch and learns from it."""
+    evaluation_sampling: Sampling | None = None
+    """How they are drawn before and after; none: as in training. KL is read at the temperature of training."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+    placement: Placement = field(default_factory=Colocated)
+    """Which devices hold which role: all of them every one, or some each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "steps", "checkpoint_every")
+        roles = ", ".join(self.idle_roles)
+        for role in self.placement.offload:
+            if role not in self.idle_roles:
+                raise ValueError(f"placement.offload: {role!r} has nothing on the devices here; these have: {roles}")
+
+    @property
+    def idle_roles(self) -> tuple[Idle, ...]:
+        """Roles that hold parameters or states in phases in which they are idle."""
+        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
+
+    @property
+    def max_weight(self) -> float | None:
+        """Largest importance weight of a token, where rollouts are made ahead; None where they are the policy's own."""
+        return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
+
+    @property
+    def produces(self) -> Kind:
+        """A language model."""
+        return "policy"
 
 
 def _read_into(rows: list[Prompt], source: Source) -> None:
@@ -193,7 +205,17 @@ def fit(
     return held
 
 
-def judges(config: OnPolicyConfig, context: Context) -> dict[str, Judge]:
+@contextmanager
+def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[Params | Scorer]:
+    """What reads completions for their scores: a network's parameters, or a function's process, ended afterwards."""
+    if isinstance(config.reward, str):
+        yield context.network(config.reward)
+        return
+    with HostReward(config.reward, name) as scorer:
+        yield scorer
+
+
+def judges(config: Prompting, context: Context) -> dict[str, Judge]:
     """Who else reads completions, where prompts are openings of labelled reviews."""
     return {} if config.data is not None else sentiment_judges(context)
 

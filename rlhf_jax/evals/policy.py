@@ -1,7 +1,7 @@
 """What a policy writes for the same prompts before and after training, and what judges say of it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,23 +69,29 @@ class PolicyEvaluation:
         self._prompts, self._key, self._judges = prompts, key, judges
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
 
-        def readings(params: Params, reference: Params, network: Params, rollout: Rollout) -> dict[str, Array]:
+        def readings(params: Params, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
+            scores = {"score": models.score(spec, network, rollout.tokens, rollout.mask)} if network else {}
+            if reference is None:
+                return scores
             ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)
             logps = rollout.logps
             if sampler.sampling.temperature != temperature:
                 logps = rollout_logps(spec, params, rollout, temperature=temperature)
-            scores = {"score": models.score(spec, network, rollout.tokens, rollout.mask)} if network else {}
             return {"kl": (logps - ref_logps).sum(-1), **scores}
 
         self._readings = jax.jit(readings)
 
-    def __call__(self, params: Params, reference: Params) -> list[Row]:
-        """A row a prompt, in the prompts' order."""
-        rows: list[Row] = []
+    def __call__(self, params: Params, reference: Params | None) -> list[Row]:
+        """A row a prompt, in the prompts' order; without a reference no KL is read."""
+        return [row for rows in self.batches(params, reference) for row in rows]
+
+    def batches(self, params: Params, reference: Params | None) -> Iterator[list[Row]]:
+        """The same, a batch at a time."""
+        done = 0
         for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in self._prompts], self._key):
             with sharding.scope(self._mesh):
                 readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
-            host, first = hosts.fetch(rollout), len(rows)
+            host, rows = hosts.fetch(rollout), []
             for i in range(count):
                 tokens = tuple(host.tokens[i][host.completion_mask[i]].tolist())
                 prompt = self._tokenizer.decode(host.tokens[i][host.prompt_mask[i]].tolist())
@@ -93,13 +99,14 @@ class PolicyEvaluation:
                 is_ended = self._tokenizer.eos_id in tokens
                 rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
-                new, prompts = rows[first:], self._prompts[first : first + count]
-                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(prompts, new, strict=True)]
-                self._add(new, "score", hosts.by_rows(self._scorer, asked))
-        texts = [row.prompt + row.completion for row in rows]
-        for name, judge in self._judges.items():
-            self._add(rows, name, judge(texts))
-        return rows
+                prompts = self._prompts[done : done + count]
+                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(prompts, rows, strict=True)]
+                self._add(rows, "score", hosts.by_rows(self._scorer, asked))
+            texts = [row.prompt + row.completion for row in rows]
+            for name, judge in self._judges.items():
+                self._add(rows, name, judge(texts))
+            done += count
+            yield rows
 
     def _add(self, rows: Sequence[Row], name: str, values: np.ndarray) -> None:
         for row, value in zip(rows, values, strict=True):
@@ -115,7 +122,7 @@ def rollout_logps(spec: ModelSpec, params: Params, rollout: Rollout, *, temperat
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
-    """Means before and after; distinct-2 over equal token counts; the sequence KL of the later policy."""
+    """Means before and after; distinct-2 over equal token counts; where it was read, the later policy's sequence KL."""
     figures: dict[str, float] = {}
     tokens = equal_tokens([row.tokens for row in before], [row.tokens for row in after])
     for when, rows in (("before", before), ("after", after)):
@@ -124,7 +131,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
                 figures[f"{name}_{when}"] = float(np.mean([row.readings[name] for row in rows]))
         figures[f"distinct2_{when}"] = distinct_n([row.tokens for row in rows], n=2, tokens=tokens)
         figures[f"length_{when}"] = float(np.mean([len(row.tokens) for row in rows]))
-    figures["seq_kl"] = float(np.mean([row.readings["kl"] for row in after]))
+    if "kl" in after[0].readings:
+        figures["seq_kl"] = float(np.mean([row.readings["kl"] for row in after]))
     return figures
 
 

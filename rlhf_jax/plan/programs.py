@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import iterations, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import best_of_n, iterations, ppo, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -159,11 +159,27 @@ def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
     )
 
 
+def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterator[Program]:
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
+    decode = sampling_program(context.spec, max_new_tokens=n, sampling=config.sampling, **ENDS)
+    policy = context.policy(config.policy)
+    reward = context.network(config.reward) if isinstance(config.reward, str) else {}
+    prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
+    calls = sum(math.ceil(count * config.n / b) for count in (config.prompts, config.evaluation_prompts))
+    yield Program(
+        *(name, "decode", decode, (policy, *prompts, jax.random.key(0)), {"parameters": policy, "frozen": reward}),
+        *(calls, b * (p + n)),
+        decode_steps=n,
+        cache=_cache_bytes(context, b, p + n),
+    )
+
+
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
     ppo.Config: _ppo,
+    best_of_n.Config: _best_of_n,
 }
 """What makes the programs of each kind of stage."""
 
