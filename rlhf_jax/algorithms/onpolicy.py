@@ -13,7 +13,7 @@ from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positi
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
+from rlhf_jax.algorithms.prompting import Completing, Prompting, load_prompts, prompt_batches
 from rlhf_jax.data import formats
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.formats import Prompt
@@ -39,21 +39,13 @@ class ValueHead:
 
 
 @dataclass(frozen=True)
-class Rewarded(Prompting):
+class Rewarded(Completing):
     """Fields of every stage in which a reward scores what a policy writes."""
 
     policy: str = "sft"
     """The stage whose policy writes; or "base"."""
     reward: str | HostFunction = "reward_model"
     """What scores completions: a reward_model stage, or a function of texts."""
-    completion_tokens: int = 40
-    """Most tokens of a completion."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How completions are drawn."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "completion_tokens")
 
     def requires(self) -> dict[str, tuple[str, Kind]]:
         """Policy and reward model."""
@@ -77,10 +69,6 @@ class Rewarded(Prompting):
                 self.reward.check_row(row.metadata)
             except ValueError as error:
                 raise UserError(f"{error}; prompt: {' '.join(row.prompt.split())[:80]!r}") from None
-
-    def lengths(self) -> dict[str, int]:
-        """BOS, prompt and completion."""
-        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
 
 
 @dataclass(frozen=True)

@@ -55,4 +55,4 @@ def jensen_shannon(
     require("beta", beta, "(0, 1)")
     log_q, log_p = (jax.nn.log_softmax(as_float(x), axis=-1) for x in (logits, teacher_logits))
     mixture = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)
-    return beta * kl.exact(teacher_logits, mixture) + (1 - beta) * kl.exact(logits, mixture), {}
+    return kl.exact(teacher_logits, mixture) * beta + kl.exact(logits, mixture) * (1 - beta), {}

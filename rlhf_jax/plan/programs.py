@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import best_of_n, iterations, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import best_of_n, distill, iterations, ppo, pretrain, reward_model, sft, supervised
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -174,12 +174,31 @@ def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterato
     )
 
 
+def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Program]:
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
+    state, step = distill.start(config, context, name)
+    teacher, tokens = context.policy(config.teacher), b * (p + n)
+    rows = functools.partial(_batch, context, (b, p + n))
+    rollout = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
+    roles = _roles((context.base, teacher), state)
+    yield Program(name, "train", step, (state, rollout, context.base, teacher), roles, config.steps, tokens)
+    decode = sampling_program(context.spec, max_new_tokens=n, sampling=config.sampling, **ENDS)
+    prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
+    calls = config.steps + 3 * math.ceil(config.evaluation_prompts / b)  # student before and after, teacher
+    yield Program(
+        *(name, "decode", decode, (teacher, *prompts, jax.random.key(0)), {"parameters": teacher}, calls, tokens),
+        decode_steps=n,
+        cache=_cache_bytes(context, b, p + n),
+    )
+
+
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
     ppo.Config: _ppo,
     best_of_n.Config: _best_of_n,
+    distill.Config: _distill,
 }
 """What makes the programs of each kind of stage."""
 
