@@ -8,10 +8,12 @@ Shapes: p prompts, n completions of each.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -25,11 +27,9 @@ from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.evals.best_of_n import best_of_n, best_of_n_kl, powers_up_to
 from rlhf_jax.evals.bootstrap import bootstrap_interval, weighted_mean
-from rlhf_jax.evals.policy import Judge, Row, Scorer, compare, write_samples
+from rlhf_jax.evals.policy import Judge, Row, compare, write_samples
 from rlhf_jax.files import write_whole
-from rlhf_jax.metrics import Progress
 from rlhf_jax.numerics import require
-from rlhf_jax.types import Params
 
 
 @dataclass(frozen=True)
@@ -63,31 +63,16 @@ class Config(Rewarded):
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
-    """Sample and score both sets of prompts, and write the rows; the figures are for summary.json."""
+    """Sample and score for both sets of prompts, and write the rows; the figures are for summary.json."""
     prompts = load_prompts(config, context, name)
     order = context.rng(f"{name}/rows").permutation(len(prompts.train))[: config.prompts]
-    chosen = [prompts.train[int(i)] for i in order]
-    with onpolicy.reward_of(config, context, name) as reward:
-        judges = onpolicy.judges(config, context)
-        heldout = sampled(config, context, f"{name}/evaluation", prompts.heldout, reward, judges)
-        written = sampled(config, context, f"{name}/rows", chosen, reward, {})
-    kept = selected(_scores(written), keep=config.keep, threshold=config.threshold)
-    rows = [
-        _row(prompt, row)
-        for prompt, own, good in zip(chosen, written, kept, strict=True)
-        for row, is_kept in zip(own, good, strict=True)
-        if is_kept
-    ]
-    if not rows:
-        best = _scores(written).max()
-        raise UserError(
-            f"stages.{name}.threshold={config.threshold}: no completion scores so high; the best has {best:g}"
-        )
-    first, best = (
-        [own[0] for own in heldout],
-        [own[int(i)] for own, i in zip(heldout, _scores(heldout).argmax(1), strict=True)],
-    )
-    points = curve(heldout)
+    groups = sampled(config, context, name, [*prompts.heldout, *(prompts.train[int(i)] for i in order)])
+    heldout, others = groups[: len(prompts.heldout)], groups[len(prompts.heldout) :]
+    rows = kept(config, others, name)
+    read = readings(heldout, context.tokenizer.eos_id, onpolicy.judges(config, context))
+    points = curve(read)
+    first = [own[0] for own in read]
+    best = [max(own, key=lambda row: row.readings["score"]) for own in read]
     if hosts.is_writer():
         write_whole(context.stage_dir(name) / "evaluation.json", json.dumps({"best_of_n": points}) + "\n")
         write_samples(context.stage_dir(name) / "samples.jsonl", first, best, step=config.n)
@@ -97,15 +82,11 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     return {**compare(first, best), **_ends(points), **counts, "rows_kept": len(rows), "score_kept": score}
 
 
-def sampled(
-    config: Config,
-    context: Context,
-    stream: str,
-    prompts: Sequence[PromptRow],
-    reward: Params | Scorer,
-    judges: Mapping[str, Judge],
-) -> list[list[Row]]:
-    """The n completions of each prompt, read by reward and judges; NonFiniteError for a score that is not finite."""
+def sampled(config: Config, context: Context, name: str, prompts: Sequence[PromptRow]) -> list[made_rows.Rows]:
+    """The n completions of each prompt as rows with their scores; NonFiniteError for one that is not finite.
+
+    Rows hold the ids that were read and written: those of the texts may be others, and have an EOS too many.
+    """
     drawing = Drawing(
         config.prompt_length,
         config.completion_tokens,
@@ -113,17 +94,38 @@ def sampled(
         config.sampling.temperature,
         config.batch_size,
     )
-    repeated = [prompt for prompt in prompts for _ in range(config.n)]
-    read = evaluator(drawing, context, stream, prompts=repeated, reward=reward, judges=judges)
-    rows: list[Row] = []
-    with Progress(f"{stream}: sampling", len(repeated)) as progress:
-        for some in read.batches(context.policy(config.policy), None):
-            rows += some
-            progress.update(len(rows), {})
-    broken = [row for row in rows if not np.isfinite(row.readings["score"])]
-    if broken:
-        raise NonFiniteError(f"{stream}: {len(broken)} of {len(rows)} scores are not finite; nothing is written")
+    policy, key = context.policy(config.policy), context.key(f"{name}/completions")
+    with onpolicy.reward_of(config, context, name) as reward:
+        reader = evaluator(drawing, context, name, prompts=prompts, reward=reward, judges={})
+
+        def made(number: int, batch: Sequence[PromptRow]) -> made_rows.Rows:
+            repeated = [prompt for prompt in batch for _ in range(config.n)]
+            written = reader.read(policy, None, repeated, jax.random.fold_in(key, number))
+            broken = [row for row in written if not math.isfinite(row.readings["score"])]
+            if broken:
+                raise NonFiniteError(f"{name}: a score is {broken[0].readings['score']}: {broken[0].completion[:80]!r}")
+            return [_row(prompt, row) for prompt, row in zip(repeated, written, strict=True)]
+
+        at_once = max(1, config.batch_size // config.n)
+        rows = made_rows.in_batches(context, name, prompts, made, batch_size=at_once)
     return [rows[start : start + config.n] for start in range(0, len(rows), config.n)]
+
+
+def _row(prompt: PromptRow, row: Row) -> dict[str, Any]:
+    ids = {"prompt_tokens": list(prompt.tokens), "completion_tokens": list(row.tokens)}
+    return {"prompt": row.prompt, "completion": row.completion, "score": row.readings["score"], **ids}
+
+
+def kept(config: Config, groups: Sequence[made_rows.Rows], name: str) -> made_rows.Rows:
+    """The rows that another stage is to learn from; UserError where there is none."""
+    scores = np.asarray([[row["score"] for row in own] for own in groups])
+    chosen = selected(scores, keep=config.keep, threshold=config.threshold)
+    if not chosen.any():
+        raise UserError(
+            f"stages.{name}.threshold={config.threshold}: no completion scores so high; the best has {scores.max():g}"
+        )
+    rows = [row for own in groups for row in own]
+    return [row for row, is_chosen in zip(rows, chosen.reshape(-1), strict=True) if is_chosen]
 
 
 def selected(scores: Float[np.ndarray, "p n"], *, keep: int, threshold: float | None) -> Bool[np.ndarray, "p n"]:
@@ -136,9 +138,23 @@ def selected(scores: Float[np.ndarray, "p n"], *, keep: int, threshold: float | 
     return (places < keep) & (scores >= (-np.inf if threshold is None else threshold))
 
 
+def readings(groups: Sequence[made_rows.Rows], eos_id: int, judges: Mapping[str, Judge]) -> list[list[Row]]:
+    """The completions with their scores and what the judges say of them."""
+    found = []
+    for own in groups:
+        said = {name: judge([row["prompt"] + row["completion"] for row in own]) for name, judge in judges.items()}
+        found.append([])
+        for i, row in enumerate(own):
+            numbers = {"score": row["score"], **{name: float(values[i]) for name, values in said.items()}}
+            ids = tuple(row["completion_tokens"])
+            found[-1].append(Row(row["prompt"], row["completion"], ids, eos_id in ids, numbers))
+    return found
+
+
 def curve(groups: Sequence[Sequence[Row]]) -> list[dict[str, float]]:
     """For each n what its best completion is worth by every reading, with a 95% interval over prompts, and its KL."""
-    columns = {name: _readings(groups, name) for name in groups[0][0].readings}
+    names = groups[0][0].readings
+    columns = {name: np.asarray([[row.readings[name] for row in own] for own in groups]) for name in names}
     points = []
     for n in powers_up_to(len(groups[0])):
         point = {"n": n, "kl": best_of_n_kl(n)}
@@ -157,17 +173,3 @@ def _ends(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
     before = {f"{name}_before": first[name] for name in names}
     after = {f"{name}_after{end}": last[f"{name}{end}"] for name in names for end in ("", "_low", "_high")}
     return {**before, **after, "seq_kl": last["kl"]}
-
-
-def _readings(groups: Sequence[Sequence[Row]], name: str) -> Float[np.ndarray, "p n"]:
-    return np.asarray([[row.readings[name] for row in own] for own in groups])
-
-
-def _scores(groups: Sequence[Sequence[Row]]) -> Float[np.ndarray, "p n"]:
-    return _readings(groups, "score")
-
-
-def _row(prompt: PromptRow, row: Row) -> dict[str, Any]:
-    """With the ids that were read and written: those of the texts may be others, and have an EOS too many."""
-    ids = {"prompt_tokens": list(prompt.tokens), "completion_tokens": list(row.tokens)}
-    return {"prompt": row.prompt, "completion": row.completion, "score": row.readings["score"], **ids}

@@ -16,16 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax import guard, hosts, losses, masking, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.prompting import Completing, load_prompts, prompt_batches
+from rlhf_jax.algorithms.prompting import Completing, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.algorithms.supervised import first_state
-from rlhf_jax.data import formats
 from rlhf_jax.data.prompt_rows import PromptRow
-from rlhf_jax.data.reading import read
 from rlhf_jax.data.sources import Data
-from rlhf_jax.data.texts import check_texts
 from rlhf_jax.evals.policy import compare, write_samples
 from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.models.experts import Routing, with_load_balance
@@ -92,11 +89,7 @@ class Config(Completing):
 
     def check_inputs(self, data: Data) -> None:
         """The rows of prompts, or the texts that openings are cut from."""
-        source = self.data
-        if source is None:
-            check_field("data=None", lambda: check_texts(data, labelled=False))
-        else:
-            check_field("data", lambda: read(source, formats.prompt))
+        check_prompts(self, data, labelled=False)
 
 
 def distillation_loss(
@@ -111,7 +104,7 @@ def distillation_loss(
     mask = batch.completion_mask[:, window]
     agree = (logits.argmax(-1) == teacher_logits.argmax(-1)).astype(jnp.float32)
     total, balance = with_load_balance(spec, masking.token_mean(loss, mask), routing, batch.mask)
-    return total, {"agreement": masking.token_mean(agree, mask), **balance}
+    return total, {"same_choice": masking.token_mean(agree, mask), **balance}
 
 
 def completion_logits(

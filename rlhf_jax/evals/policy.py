@@ -1,7 +1,7 @@
 """What a policy writes for the same prompts before and after training, and what judges say of it."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,17 @@ class PolicyEvaluation:
 
         self._readings = jax.jit(readings)
 
-    def __call__(self, params: Params, reference: Params | None) -> list[Row]:
-        """A row a prompt, in the prompts' order; without a reference no KL is read."""
-        return [row for rows in self.batches(params, reference) for row in rows]
+    def __call__(self, params: Params, reference: Params) -> list[Row]:
+        """A row a prompt, in the prompts' order."""
+        return self.read(params, reference, self._prompts, self._key)
 
-    def batches(self, params: Params, reference: Params | None) -> Iterator[list[Row]]:
-        """The same, a batch at a time."""
-        done = 0
-        for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in self._prompts], self._key):
+    def read(self, params: Params, reference: Params | None, prompts: Sequence[PromptRow], key: Key) -> list[Row]:
+        """The same of other prompts, with another key; without a reference no KL is read."""
+        rows: list[Row] = []
+        for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in prompts], key):
             with sharding.scope(self._mesh):
                 readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
-            host, rows = hosts.fetch(rollout), []
+            host, first = hosts.fetch(rollout), len(rows)
             for i in range(count):
                 tokens = tuple(host.tokens[i][host.completion_mask[i]].tolist())
                 prompt = self._tokenizer.decode(host.tokens[i][host.prompt_mask[i]].tolist())
@@ -99,14 +99,13 @@ class PolicyEvaluation:
                 is_ended = self._tokenizer.eos_id in tokens
                 rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
-                prompts = self._prompts[done : done + count]
-                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(prompts, rows, strict=True)]
-                self._add(rows, "score", hosts.by_rows(self._scorer, asked))
-            texts = [row.prompt + row.completion for row in rows]
-            for name, judge in self._judges.items():
-                self._add(rows, name, judge(texts))
-            done += count
-            yield rows
+                new, asking = rows[first:], prompts[first : first + count]
+                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(asking, new, strict=True)]
+                self._add(new, "score", hosts.by_rows(self._scorer, asked))
+        texts = [row.prompt + row.completion for row in rows]
+        for name, judge in self._judges.items():
+            self._add(rows, name, judge(texts))
+        return rows
 
     def _add(self, rows: Sequence[Row], name: str, values: np.ndarray) -> None:
         for row, value in zip(rows, values, strict=True):

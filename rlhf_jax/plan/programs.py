@@ -13,7 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import best_of_n, distill, iterations, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    best_of_n,
+    constitutional,
+    distill,
+    iterations,
+    ppo,
+    pretrain,
+    reward_model,
+    sft,
+    supervised,
+)
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -25,6 +36,9 @@ from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.models import ModelSpec, lora, quantized
 from rlhf_jax.models.spec import DType
 from rlhf_jax.placement import Colocated
+from rlhf_jax.rewards.judging import LocalJudge
+from rlhf_jax.rewards.local_judge import judging_program
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
 from rlhf_jax.types import Params, PreferenceBatch, Rollout
@@ -40,7 +54,7 @@ class Program:
     stage: str
     """The stage's name."""
     name: str
-    """train, iteration, sample, learn or decode."""
+    """train, iteration, sample, learn, decode, judge, answer or critique."""
     function: Any
     """Jitted."""
     args: tuple[Any, ...]
@@ -150,46 +164,62 @@ def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
             decode_steps=n if decodes else 0,
             cache=cache if decodes else 0,
         )
-    decode = sampling_program(spec, max_new_tokens=n, sampling=config.evaluation_sampling or config.sampling, **ENDS)
-    policy = frozen.policy(state.policy.params)
     calls = 2 * math.ceil(config.evaluation_prompts / b)  # before and after
-    args = (policy, prompts.tokens, prompts.mask, jax.random.key(0))
-    yield Program(
-        *(name, "decode", decode, args, {"parameters": policy}, calls, b * (p + n)), decode_steps=n, cache=cache
-    )
+    policy, sampling = frozen.policy(state.policy.params), config.evaluation_sampling or config.sampling
+    yield _decode(context, name, "decode", policy, (b, p, n), sampling, calls)
+
+
+def _decode(
+    context: Context, stage: str, name: str, policy: Params, sizes: tuple[int, int, int], sampling: Sampling, calls: int
+) -> Program:
+    """Sampling b completions of n tokens for prompts of p."""
+    b, p, n = sizes
+    function = sampling_program(context.spec, max_new_tokens=n, sampling=sampling, **ENDS)
+    prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
+    args, cache = (policy, *prompts, jax.random.key(0)), _cache_bytes(context, b, p + n)
+    roles = {"parameters": policy}
+    return Program(stage, name, function, args, roles, calls, b * (p + n), decode_steps=n, cache=cache)
+
+
+def _ai_feedback(config: ai_feedback.Config, context: Context, name: str) -> Iterator[Program]:
+    b, judge = config.batch_size, config.judge
+    sizes = (b, config.prompt_length, config.completion_tokens)
+    calls = math.ceil(config.prompts / (b // 2))
+    yield _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
+    if isinstance(judge, LocalJudge):
+        rows, params = (judge.batch_size, judge.length), context.policy(judge.model)
+        args = (params, _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_))
+        calls *= math.ceil(b / judge.batch_size)
+        yield Program(
+            name, "judge", judging_program(context.spec, 0, 1), args, {"parameters": params}, calls, math.prod(rows)
+        )
+
+
+def _constitutional(config: constitutional.Config, context: Context, name: str) -> Iterator[Program]:
+    params, batches = context.policy(config.policy), math.ceil(config.prompts / config.batch_size)
+    counts = {"answer": (config.answer_tokens, 1 + config.rounds), "critique": (config.critique_tokens, config.rounds)}
+    for what, (tokens, times) in counts.items():
+        sizes = (config.batch_size, config.length, tokens)
+        yield _decode(context, name, what, params, sizes, config.sampling, batches * times)
 
 
 def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterator[Program]:
-    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
-    decode = sampling_program(context.spec, max_new_tokens=n, sampling=config.sampling, **ENDS)
-    policy = context.policy(config.policy)
+    sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
+    calls = sum(math.ceil(n * config.n / config.batch_size) for n in (config.prompts, config.evaluation_prompts))
+    decode = _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
     reward = context.network(config.reward) if isinstance(config.reward, str) else {}
-    prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
-    calls = sum(math.ceil(count * config.n / b) for count in (config.prompts, config.evaluation_prompts))
-    yield Program(
-        *(name, "decode", decode, (policy, *prompts, jax.random.key(0)), {"parameters": policy, "frozen": reward}),
-        *(calls, b * (p + n)),
-        decode_steps=n,
-        cache=_cache_bytes(context, b, p + n),
-    )
+    yield dataclasses.replace(decode, roles={**decode.roles, "frozen": reward})
 
 
 def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Program]:
     b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     state, step = distill.start(config, context, name)
-    teacher, tokens = context.policy(config.teacher), b * (p + n)
-    rows = functools.partial(_batch, context, (b, p + n))
+    teacher, rows = context.policy(config.teacher), functools.partial(_batch, context, (b, p + n))
     rollout = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
     roles = _roles((context.base, teacher), state)
-    yield Program(name, "train", step, (state, rollout, context.base, teacher), roles, config.steps, tokens)
-    decode = sampling_program(context.spec, max_new_tokens=n, sampling=config.sampling, **ENDS)
-    prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
+    yield Program(name, "train", step, (state, rollout, context.base, teacher), roles, config.steps, b * (p + n))
     calls = config.steps + 3 * math.ceil(config.evaluation_prompts / b)  # student before and after, teacher
-    yield Program(
-        *(name, "decode", decode, (teacher, *prompts, jax.random.key(0)), {"parameters": teacher}, calls, tokens),
-        decode_steps=n,
-        cache=_cache_bytes(context, b, p + n),
-    )
+    yield _decode(context, name, "decode", teacher, (b, p, n), config.sampling, calls)
 
 
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
@@ -197,6 +227,8 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
     ppo.Config: _ppo,
+    ai_feedback.Config: _ai_feedback,
+    constitutional.Config: _constitutional,
     best_of_n.Config: _best_of_n,
     distill.Config: _distill,
 }

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from rlhf_jax.data.reading import read
 from rlhf_jax.data.sources import FromStage, Jsonl
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.evals.best_of_n import best_of_n_kl
+from rlhf_jax.evals.policy import PolicyEvaluation
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.rewards.network import RewardNetwork
 from rlhf_jax.rewards.verifiers import PatternMatch
@@ -118,12 +120,26 @@ def test_figures_samples_and_evaluation_say_the_same(done):
     assert points[0]["score"] < points[1]["score"] < points[2]["score"]
 
 
-def test_it_is_made_again_bit_for_bit_and_on_a_mesh(done, begin):
-    context, figures = done
-    again, split = begin(), begin(MeshConfig(data=4, fsdp=2))
-    assert best_of_n.train(CONFIG, again, "best") == figures
-    digests = [made_rows.digest(one.stage_dir("best") / "rows") for one in (context, again)]
-    assert digests[0] == digests[1]
+def test_a_killed_stage_goes_on_after_the_last_whole_batch(done, begin, monkeypatch):
+    (_, figures), context, read, calls = done, begin(), PolicyEvaluation.read, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(self, *args)
+
+    monkeypatch.setattr(PolicyEvaluation, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        best_of_n.train(CONFIG, context, "best")
+    assert best_of_n.train(CONFIG, context, "best") == figures
+    assert len(calls) == 1 + math.ceil(22 / 4)  # of 22 prompts, 4 at once: one batch was begun twice
+    assert made_rows.digest(context.stage_dir("best") / "rows") == made_rows.digest(done[0].stage_dir("best") / "rows")
+
+
+@pytest.mark.slow
+def test_on_a_mesh_it_writes_the_same(done, begin):
+    context, split = done[0], begin(MeshConfig(data=4, fsdp=2))
     best_of_n.train(CONFIG, split, "best")
     for row, other in zip(rows_of(context), rows_of(split), strict=True):
         assert other["completion_tokens"] == row["completion_tokens"]
@@ -146,7 +162,7 @@ def test_scores_that_are_not_finite_stop_it(begin, monkeypatch):
     context = begin()
     broken = jax.tree.map(lambda x: x * np.nan, context.network("reward_model"))
     monkeypatch.setattr(type(context), "network", lambda self, source: broken)
-    with pytest.raises(NonFiniteError, match="best/evaluation: 40 of 40 scores are not finite; nothing is written"):
+    with pytest.raises(NonFiniteError, match="best: a score is nan: "):
         best_of_n.train(CONFIG, context, "best")
     assert not (context.stage_dir("best") / "rows").exists()
 

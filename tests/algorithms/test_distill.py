@@ -96,7 +96,7 @@ def test_the_loss_is_the_divergence_at_the_completions_tokens(begin):
         assert float(loss.count) == counted.sum() == 16
         assert float(loss.value) == pytest.approx(expected[counted].mean(), rel=1e-4)
         agree = (q.argmax(-1) == t.argmax(-1))[counted].mean()
-        assert float(metrics["agreement"].value) == pytest.approx(agree)
+        assert float(metrics["same_choice"].value) == pytest.approx(agree)
 
 
 def test_the_student_comes_nearer_and_a_stopped_run_ends_the_same(begin, rows, monkeypatch):
