@@ -26,7 +26,9 @@ from jax.sharding import Mesh
 from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
+    best_of_n,
     constitutional,
+    distill,
     made_rows,
     policy,
     ppo,
@@ -56,6 +58,8 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     constitutional.Config: constitutional.train,
     ai_feedback.Config: ai_feedback.train,
     policy.Config: policy.train,
+    best_of_n.Config: best_of_n.train,
+    distill.Config: distill.train,
 }
 """What trains each kind of stage."""
 

@@ -32,6 +32,40 @@ def sentiment_judges(context: Context) -> dict[str, Judge]:
     return {"gold": GoldClassifier.fit(context.reviews.train), "vader": vader}
 
 
+def evaluator(
+    drawing: Drawing,
+    context: Context,
+    stream: str,
+    *,
+    prompts: Sequence[PromptRow],
+    reward: Params | Scorer,
+    ensemble: Ensemble | None = None,
+    judges: Mapping[str, Judge],
+) -> PolicyEvaluation:
+    """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
+    sampler = Sampler(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        prompt_length=drawing.prompt_length,
+        max_new_tokens=drawing.completion_tokens,
+        sampling=drawing.sampling,
+        batch_size=drawing.batch_size,
+    )
+    return PolicyEvaluation(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        sampler,
+        prompts,
+        context.key(stream),
+        reward=reward,
+        ensemble=ensemble,
+        judges=judges,
+        temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
+    )
+
+
 def evaluate(
     drawing: Drawing,
     context: Context,
@@ -45,25 +79,6 @@ def evaluate(
     judges: Mapping[str, Judge],
 ) -> list[list[Row]]:
     """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
-    sampler = Sampler(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        prompt_length=drawing.prompt_length,
-        max_new_tokens=drawing.completion_tokens,
-        sampling=drawing.sampling,
-        batch_size=drawing.batch_size,
-    )
-    evaluation = PolicyEvaluation(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        sampler,
-        prompts,
-        context.key(f"{name}/evaluation"),
-        reward=reward,
-        ensemble=ensemble,
-        judges=judges,
-        temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
-    )
-    return [evaluation(params, reference) for params in policies]
+    stream = f"{name}/evaluation"
+    read = evaluator(drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges)
+    return [read(params, reference) for params in policies]

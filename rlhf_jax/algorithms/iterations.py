@@ -59,16 +59,21 @@ def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine
     base without adapters. A reward that is a function has no parameters.
     """
     shared = policy == BASE and context.spec.lora is not None
-    ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
-    if ensemble is not None and combine is not None:
-        ensemble = dataclasses.replace(ensemble, combine=combine)
     return Frozen(
         reference={} if shared else context.policy_params(policy),
         reward=context.head_params(reward) if isinstance(reward, str) else {},
         base=context.base,
         head_base=context.head_base,
-        ensemble=ensemble,
+        ensemble=ensemble_of(context, reward, combine),
     )
+
+
+def ensemble_of(context: Context, reward: str | HostFunction, combine: Combine | None) -> Ensemble | None:
+    """How the scores of a stage's reward models become one, by `combine` or as the stage says; None where it is one."""
+    ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
+    if ensemble is None or combine is None:
+        return ensemble
+    return dataclasses.replace(ensemble, combine=combine)
 
 
 @flax.struct.dataclass

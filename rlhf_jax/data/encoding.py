@@ -131,9 +131,16 @@ class Limits:
 
 
 def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
-    """Prompt and completion, whose tokens and EOS are learnt; by a chat template all that the assistant says."""
+    """Prompt and completion, whose tokens and EOS are learnt; by a chat template all that the assistant says.
+
+    Of what a policy wrote, the ids that it wrote. Raises UserError where these are another tokenizer's.
+    """
 
     def encode(example: Example) -> Learnt:
+        if example.ids is not None:
+            _check_ids(example, tokenizer)
+            prompt, completion = example.ids
+            return Learnt(prompt + completion, (*([False] * len(prompt)), *([True] * len(completion))))
         chat = chat_tokenizer(tokenizer)
         if chat is not None and example.messages:
             tokens, counted = chat.encode_chat(example.messages, start=example.learnt_from)
@@ -143,6 +150,16 @@ def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
         return Learnt(prompt + completion, (*([False] * len(prompt)), *([True] * len(completion))))
 
     return encode
+
+
+def _check_ids(example: Example, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless a row's ids say what its texts do."""
+    assert example.ids is not None
+    for name, ids, text in zip(
+        ("prompt", "completion"), example.ids, (example.prompt, example.completion), strict=True
+    ):
+        if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids) != text:
+            raise UserError(f"'{name}_tokens' are not this model's tokens of '{name}': {text[:80]!r}; leave both out")
 
 
 def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:

@@ -34,6 +34,8 @@ class Example:
     """The conversation, where the row has one; by a chat template all that the assistant says in it is learnt …"""
     learnt_from: int = 0
     """… from this message on."""
+    ids: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Prompt and completion as a policy read and wrote them, special tokens included, where the row has them."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,14 @@ def pair(row: Fields) -> Pair:
 
 
 def example(row: Fields) -> Example:
-    """Of prompt and completion, of messages (as plain text the last one is the completion), or of text."""
+    """Of prompt and completion, of messages (as plain text the last one is the completion), or of text.
+
+    Beside prompt and completion, prompt_tokens and completion_tokens are ids that a policy of this tokenizer read and
+    wrote: they are learnt as they stand, with EOS only where it was written.
+    """
+    if "completion_tokens" in row:
+        ids = row.ids("prompt_tokens"), row.ids("completion_tokens")
+        return Example(row.text("prompt", empty=True), row.text("completion", empty=True), ids=ids)
     if "messages" in row:
         messages = row.messages("messages")
         return Example(render(messages[:-1]), render(messages[-1:]), _for_template(messages))

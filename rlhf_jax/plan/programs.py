@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
+    best_of_n,
     constitutional,
+    distill,
     iterations,
     policy,
     ppo,
@@ -250,6 +252,25 @@ def _constitutional(config: constitutional.Config, context: Context, name: str) 
         yield _decode(context, name, what, params, sizes, config.sampling, batches * times)
 
 
+def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterator[Program]:
+    sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
+    calls = sum(math.ceil(n * config.n / config.batch_size) for n in (config.prompts, config.evaluation_prompts))
+    decode = _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
+    reward = context.network(config.reward) if isinstance(config.reward, str) else {}
+    yield dataclasses.replace(decode, roles={**decode.roles, "frozen": reward})
+
+
+def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Program]:
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
+    state, step = distill.start(config, context, name)
+    teacher, rows = context.policy(config.teacher), functools.partial(_batch, context, (b, p + n))
+    rollout = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
+    roles = _roles((context.base, teacher), state)
+    yield Program(name, "train", step, (state, rollout, context.base, teacher), roles, config.steps, b * (p + n))
+    calls = config.steps + 3 * math.ceil(config.evaluation_prompts / b)  # student before and after, teacher
+    yield _decode(context, name, "decode", teacher, (b, p, n), config.sampling, calls)
+
+
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
@@ -259,6 +280,8 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
     policy.Config: _policy,
+    best_of_n.Config: _best_of_n,
+    distill.Config: _distill,
 }
 """What makes the programs of each kind of stage."""
 
