@@ -194,7 +194,7 @@ def test_the_ssh_launcher(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_quickstart(tmp_path, count):
-    """The three stages of the quickstart, a few steps of each, with an epsilon at which Adam makes no steps of rounding:
+    """The three stages of the quickstart, a few steps of each, with an epsilon at which Adam steps by no rounding:
     at the usual one parameters part by so much that two of 10,000 tokens are drawn otherwise.
     """
     config = ROOT / "configs" / "quickstart.py"
@@ -207,4 +207,4 @@ def test_the_quickstart(tmp_path, count):
     assert parts.wait(3600) == [0] * count, parts.said()
     whole = Run(config, tmp_path / "whole", 1, 1, *flags)
     assert whole.wait(3600) == [0], whole.said()
-    check_equal(whole.workdir, parts.workdir, differing=0.01)
+    check_equal(whole.workdir, parts.workdir, differing=0.02)
