@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models, sharding
+from rlhf_jax import config, inference, models, run, sharding
 from rlhf_jax.algorithms import iterations, policy, prompting
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Behaviour, Whole
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.data.sources import Jsonl
+from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.tokenizers import train_sentencepiece
 from rlhf_jax.kl import AdaptiveKL, FixedKL
@@ -395,3 +397,18 @@ BAD = [
 def test_fields_that_do_not_go_together_are_named(name, fields, message):
     with pytest.raises(ValueError, match=message):
         make(name, **fields)
+
+
+@pytest.mark.parametrize("name", ["sentiment_grpo", "sentiment_rloo", "arithmetic_dapo"])
+def test_a_config_is_whole_and_its_methods_fields_are_flags(name):
+    experiment = config.load_config(Path(__file__).parents[2] / "configs" / f"{name}.py")
+    config.validate(experiment, 8)
+    written = json.loads(json.dumps(config.to_dict(experiment)))
+    assert config.from_dict(written, [*inference.MODELS, *run.STAGES]) == experiment
+    stage = list(experiment.stages)[-1]
+    flags = [f"--stages.{stage}.clip-eps-high", "0.3", f"--stages.{stage}.reducer", "token"]
+    if name == "sentiment_rloo":
+        with pytest.raises(UserError, match=r"clip_eps_high=0.3: loss='reinforce' has no such range"):
+            config.parse(experiment, flags)
+    else:
+        assert config.parse(experiment, flags).stages[stage].clip_eps_high == 0.3
