@@ -30,8 +30,10 @@ def get_config() -> Experiment:
             ),
             "reward_model": reward_model.Config(
                 init="sft",
-                pairs=reward_model.SampledPairs(policy="sft", prompts=1_800, completions=4, snippets=3_000),
-                steps=560,
+                pairs=reward_model.SampledPairs(
+                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
+                ),
+                steps=700,
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
