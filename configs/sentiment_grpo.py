@@ -1,6 +1,6 @@
 """The quickstart without a critic: SFT → reward model → GRPO.
 
-    rlhf-jax run configs/sentiment_grpo.py      (2 CPU cores, 5 minutes; expected: TODO)
+    rlhf-jax run configs/sentiment_grpo.py      (2 CPU cores, minutes; figures not measured yet)
 
 A completion is compared with the seven others of its prompt (Shao et al. 2024). The other names of
 `policy_methods.METHODS` may stand in GRPO's place; "dapo" then with dynamic_sampling=0, for a network's scores are

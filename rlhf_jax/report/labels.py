@@ -69,6 +69,7 @@ LABELS = {
     "score_mean": Label("mean of scores as trained"),
     "score_std": Label("standard deviation of scores as trained"),
     "seq_kl": Label("KL to reference", "nats per sequence"),
+    "seq_kl_exact": Label("KL to reference, summed over the vocabulary", "nats per sequence"),
     "skipped": Label("bad updates left out", "count"),
     "skipped_updates": Label("updates skipped", "count"),
     "stale_kl": Label("KL from the policy that wrote to the one that learns", "nats per token"),
