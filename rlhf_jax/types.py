@@ -110,3 +110,26 @@ class PreferenceBatch:
     pairs: Int[ArrayLike, "b p 2"]  # (winner, loser), indices into k
     weights: Float[ArrayLike, "b p"]  # 0 where there is no pair
     margins: Float[ArrayLike, "b p"]
+    ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+
+
+@flax.struct.dataclass
+class ThumbBatch:
+    """Prompts with a completion each that was liked or not; where k is 2, the second is one of another prompt."""
+
+    tokens: Int[ArrayLike, "b k t"]
+    mask: Bool[ArrayLike, "b k t"]
+    completion_mask: Bool[ArrayLike, "b k t"]
+    desirable: Bool[ArrayLike, " b"]
+    ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+
+
+@flax.struct.dataclass
+class JudgedBatch:
+    """Completions after their prompts, and targets for the scores that are read at some of their tokens."""
+
+    tokens: Int[ArrayLike, "b t"]
+    mask: Bool[ArrayLike, "b t"]
+    ends: Int[ArrayLike, "b s"]  # the tokens at which scores are read
+    targets: Float[ArrayLike, "b s"]
+    where: Bool[ArrayLike, "b s"]  # False where a row has fewer

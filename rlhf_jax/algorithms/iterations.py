@@ -26,6 +26,7 @@ from rlhf_jax.evals.policy import Scorer
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.placement import Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, Texts
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Key, Metrics, Params, Rollout, TrainState
@@ -39,6 +40,7 @@ class Frozen:
     reward: Params
     base: Params
     head_base: Params
+    ensemble: Ensemble | None = flax.struct.field(pytree_node=False, default=None)  # of the reward, if it is one
     texts: PackedBatch | None = None  # that the policy learns beside its rollouts
 
     def policy(self, own: Params) -> Params:
@@ -50,10 +52,11 @@ class Frozen:
         return lora.merge(self.head_base, own)
 
 
-def frozen(context: Context, *, policy: str, reward: str | HostFunction) -> Frozen:
+def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine: Combine | None = None) -> Frozen:
     """The reference, which is the policy's start, and a reward model, from the stages that made them.
 
-    The model itself (BASE) as a reference is the base without adapters. A reward that is a function has no parameters.
+    An ensemble's scores become one by `combine`, or as its stage says. The model itself (BASE) as a reference is the
+    base without adapters. A reward that is a function has no parameters.
     """
     shared = policy == BASE and context.spec.lora is not None
     return Frozen(
@@ -61,7 +64,16 @@ def frozen(context: Context, *, policy: str, reward: str | HostFunction) -> Froz
         reward=context.head_params(reward) if isinstance(reward, str) else {},
         base=context.base,
         head_base=context.head_base,
+        ensemble=ensemble_of(context, reward, combine),
     )
+
+
+def ensemble_of(context: Context, reward: str | HostFunction, combine: Combine | None) -> Ensemble | None:
+    """How the scores of a stage's reward models become one, by `combine` or as the stage says; None where it is one."""
+    ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
+    if ensemble is None or combine is None:
+        return ensemble
+    return dataclasses.replace(ensemble, combine=combine)
 
 
 @flax.struct.dataclass

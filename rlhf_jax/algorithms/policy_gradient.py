@@ -28,6 +28,7 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
+from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.shaping import Shaping
 from rlhf_jax.sampling import ended, generate
 from rlhf_jax.train_step import in_parts, keep_if, make_train_step
@@ -137,7 +138,8 @@ class PolicyGradient(ABC):
 
     def frozen(self, context: Context) -> Frozen:
         """Reference, reward model, what lies under adapters, and texts where they are learnt."""
-        fixed = iterations.frozen(context, policy=self.config.policy, reward=self.config.reward)
+        c = self.config
+        fixed = iterations.frozen(context, policy=c.policy, reward=c.reward, combine=c.combine)
         ptx = self.config.ptx
         return fixed if ptx is None else dataclasses.replace(fixed, texts=pretraining_mix.held(ptx, context))
 
@@ -181,7 +183,7 @@ class PolicyGradient(ABC):
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
         is_network = isinstance(c.reward, str)
 
-        def part(rows: Rollout) -> tuple[Array, ...]:
+        def part(rows: Rollout) -> tuple[Any, ...]:
             window, temperature = slice(c.prompt_length, None), c.sampling.temperature
             mask = rows.completion_mask[:, window]
             logits = self.completion_logits(policy, rows)
@@ -190,17 +192,20 @@ class PolicyGradient(ABC):
                 *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                models.score(self.spec, reward, rows.tokens, rows.mask) if is_network else rows.scores,
+                read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.mask)
+                if is_network
+                else {"score": rows.scores},
             )
 
-        logps, ref_logps, entropies, exact, scores = in_parts(part, rollout, c.parts)
-        sampled_logps = rollout.logps
+        logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.parts)
+        sampled_logps, scores = rollout.logps, readings.pop("score")
         rollout = rollout.replace(logps=self.padded(logps), ref_logps=self.padded(ref_logps), scores=scores)
         mask = loss_mask(rollout)
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
         kept = mask[:, c.prompt_length :]
         metrics = {
             "score": row_mean(scores, rollout.used),
+            **{name: row_mean(reading, rollout.used) for name, reading in readings.items()},  # an ensemble's spread
             "kl": masking.masked_mean(k1, mask),
             "seq_kl": row_mean(k1.sum(-1), rollout.used),
             "seq_kl_exact": row_mean(exact.sum(-1), rollout.used, rows=c.exact_kl_rows),

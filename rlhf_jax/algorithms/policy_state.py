@@ -36,8 +36,7 @@ def averaged(average: Params | None, policy: TrainState, decay: float | None) ->
     """The moving average after an iteration; None where there is none."""
     if average is None or decay is None:
         return None
-    share = 1 - decay
-    return jax.tree.map(lambda a, p: (a + share * (p - a)).astype(p.dtype), average, policy.params)
+    return jax.tree.map(lambda a, p: (a + (1 - decay) * (p - a)).astype(p.dtype), average, policy.params)
 
 
 def policy_state(algorithm: PolicyGradient, context: Context, name: str, hyper: dict[str, float]) -> TrainState:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import iterations, onpolicy
-from rlhf_jax.algorithms.context import Context, Kind, named
+from rlhf_jax.algorithms.context import Context, Role, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import ValueHead
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig, old_logps
@@ -60,7 +60,7 @@ class Config(PolicyGradientConfig):
         for name, interval in (("lam", "[0, 1]"), ("clip_eps", "(0, 1)"), ("value_clip", "(0, inf)")):
             require(name, vars(self)[name], interval)
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy, reward model and critic."""
         if isinstance(self.critic, str):
             return super().requires() | named("reward", critic=self.critic)
