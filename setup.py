@@ -40,9 +40,11 @@ setup(
             *("pytest>=9", "pytest-xdist[psutil]>=3.8", "hypothesis>=6.100", "ruff", "pyright"),
             *("tokenizers>=0.22", "jinja2>=3.1.6", "gguf>=0.17"),  # what reads models' files, of "hf"
             "pyarrow>=17",  # what reads data sets' files, of "datasets"
+            *("rouge-score>=0.1.2", "math-verify>=0.9"),  # "rewards"
         ],
         "hf": ["tokenizers>=0.22", "jinja2>=3.1.6", "gguf>=0.17", "huggingface_hub>=0.35"],
         "datasets": ["pyarrow>=17", "pyyaml", "huggingface_hub>=0.35"],
+        "rewards": ["rouge-score>=0.1.2", "math-verify>=0.9"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # libtpu, which compiles for TPUs on any machine

@@ -20,7 +20,8 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.context import MAKERS, StageConfig, check_field
+from rlhf_jax.algorithms.context import MAKERS, Kind, Role, StageConfig, check_field
+from rlhf_jax.algorithms.made_rows import named_stages
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
@@ -31,6 +32,7 @@ from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
 _STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_ARTICLE: Mapping[Kind, str] = {"policy": "a policy", "reward": "a reward", "ensemble": "an ensemble", "rows": "rows"}
 _RESERVED = ("base", "tensorboard", "seconds", "peak_memory_bytes", "params_digest")
 
 # What a slip in a config file raises; anything else is no slip and keeps its traceback.
@@ -76,13 +78,16 @@ def validate(experiment: Experiment, devices: int) -> None:
     sizes, parts = experiment.mesh.resolve(devices), experiment.mesh.pipeline_microbatches
     max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
-        for where, (required, role) in stage.requires().items():
+        readings: dict[str, tuple[str, Role]] = {where: (one, "rows") for where, one in named_stages(stage).items()}
+        for where, (required, role) in (stage.requires() | readings).items():
             if required not in names[:index]:
                 raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
             made = experiment.stages[required].produces
             if made not in MAKERS[role]:
-                fit = " or ".join(map(_a, MAKERS[role]))
-                raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes {_a(made)}")
+                fit = " or ".join(_ARTICLE[kind] for kind in MAKERS[role])
+                raise UserError(
+                    f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes {_ARTICLE[made]}"
+                )
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(
@@ -93,11 +98,6 @@ def validate(experiment: Experiment, devices: int) -> None:
         for where, rows in stage.batch_sizes().items():
             for whose, grid in grids.items():
                 check_field(f"stages.{name}.{where}", partial(check_rows, rows, *grid, whose=whose))
-
-
-def _a(kind: str) -> str:
-    """With its article."""
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, tuple[dict[str, int], int | None]]:
@@ -115,14 +115,23 @@ def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, tuple[
 
 
 def check_inputs(experiment: Experiment) -> None:
-    """Raise UserError, one line that names the stage's field, for rows or files that a stage cannot use."""
+    """Raise UserError, one line that names the stage's field, for rows or files that a stage cannot use.
+
+    A stage that reads what an earlier one makes is asked when it begins.
+    """
     for name, stage in experiment.stages.items():
-        try:
-            stage.check_inputs(experiment.data)
-        except UserError as error:
-            raise UserError(f"stages.{name}.{error}") from None
+        if not named_stages(stage):
+            check_stage_inputs(name, stage, experiment.data)
     if isinstance(experiment.model, Scratch):
         _check_tokenizer_texts(experiment.data)
+
+
+def check_stage_inputs(name: str, stage: StageConfig, data: Data) -> None:
+    """Raise UserError, one line that names the stage's field, for rows or files that it cannot use."""
+    try:
+        stage.check_inputs(data)
+    except UserError as error:
+        raise UserError(f"stages.{name}.{error}") from None
 
 
 def _check_tokenizer_texts(data: Data) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,16 +23,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import __version__, checkpoint, digests, hosts, models, report, sharding
-from rlhf_jax.algorithms import ppo, pretrain, reward_model, sft
-from rlhf_jax.algorithms.context import Context, check_field
+from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
+from rlhf_jax.algorithms import made_rows, ppo, pretrain, reward_model, sft
+from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.checkpoint import KEPT
-from rlhf_jax.config import Experiment, check_inputs, differences, to_dict, validate
+from rlhf_jax.config import Experiment, check_inputs, check_stage_inputs, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.files import write_whole
 from rlhf_jax.models import lora
+from rlhf_jax.provenance import provenance, versions
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Params
 
@@ -46,7 +45,6 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
 }
 """What trains each kind of stage."""
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 _SESSIONS, _LOCK = "sessions.json", ".lock"
 _PATIENCE = 60  # seconds until a host sees what another has written
 
@@ -62,16 +60,16 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
     began = time.monotonic() if began is None else began
     _check(experiment, workdir)
     config = to_dict(experiment)
-    _check_agreement({**config, "versions": _versions()})
+    _check_agreement({**config, "versions": versions()})
     with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), _terminable():
         _check_shared(workdir)
         if hosts.from_writer(lambda: _is_complete(workdir, experiment)) and all(
-            [_is_finished(workdir / name) for name in experiment.stages]
+            [_is_finished(workdir / name, stage) for name, stage in experiment.stages.items()]
         ):
             say(f"{workdir} is complete: its figures are in summary.json and report.html")
         else:
             if hosts.is_writer() and not (workdir / "config.json").exists():
-                _write_json(workdir / "config.json", {"experiment": config, **_provenance(command)})
+                _write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
             _train(experiment, workdir, began)
         return hosts.from_writer(lambda: _summary(workdir))
 
@@ -208,8 +206,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
         summary = hosts.from_writer(lambda: {name: _read_json(path) for name, path in files.items()})
         digests = {}
         for name, stage in experiment.stages.items():
-            load = context.policy_params if stage.produces == "policy" else context.head_params
-            digests[name] = params_digest(load(name))
+            digests[name] = _digest(name, stage, context)
     if hosts.is_writer():
         _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
         say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
@@ -223,9 +220,12 @@ def _summary(workdir: Path) -> dict[str, Any]:
 
 
 def _run_stage(name: str, stage: Any, context: Context) -> None:
-    if _is_finished(context.stage_dir(name)):
+    if _is_finished(context.stage_dir(name), stage):
         say(f"{name}: finished before")
         return
+    if made_rows.named_stages(stage):
+        stage = made_rows.resolved(stage, context.workdir)
+        check_stage_inputs(name, stage, context.data)
     summary = STAGES[type(stage)](stage, context, name)
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -235,20 +235,27 @@ def _run_stage(name: str, stage: Any, context: Context) -> None:
     say(f"{name}: " + "  ".join(f"{key} {_figure(value)}" for key, value in summary.items()))
 
 
+def _digest(name: str, stage: StageConfig, context: Context) -> str:
+    if stage.produces == "rows":
+        return made_rows.digest(context.stage_dir(name) / made_rows.FOLDER)
+    return params_digest((context.policy_params if stage.produces == "policy" else context.head_params)(name))
+
+
 def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _is_finished(stage_dir: Path) -> bool:
-    """Whether a stage has its summary, and its parameters as they were written; what is damaged is set aside.
+def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
+    """Whether a stage has its summary, and its parameters or rows as they were written; what is damaged is set aside.
 
     Such a stage runs again: from its last checkpoint, which has all its steps, where that is good.
     """
     if hosts.from_writer(lambda: _whole_json(stage_dir / "summary.json")) is None:
         return False
-    wrong = checkpoint.damage(stage_dir / "params")
+    product = stage_dir / (made_rows.FOLDER if stage.produces == "rows" else "params")
+    wrong = checkpoint.damage(product)
     if wrong is not None:
-        hosts.from_writer(lambda: _set_aside(stage_dir / "params", wrong))
+        hosts.from_writer(lambda: _set_aside(product, wrong))
     return wrong is None
 
 
@@ -344,40 +351,6 @@ def _peak_memory() -> int:
     if status.exists():  # Linux counts in ru_maxrss what the parent held before it started this process
         own = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return max(own, children) * unit
-
-
-def _provenance(command: list[str]) -> dict[str, Any]:
-    return {"versions": _versions(), "commit": _commit(), "command": command}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"rlhf_jax": __version__, "python": platform.python_version()}
-    return versions | {package: importlib.metadata.version(package) for package in _PACKAGES}
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that the package is run or was installed from; "+" after it where files differ.
-
-    An installed package is of the checkout in the current folder if all its sources are the same.
-    """
-    here = Path(__file__).parent
-    for folder in (here, Path.cwd() / here.name):
-        try:
-            if _sources(folder) == _sources(here) and _git(folder, "ls-files", "__init__.py"):
-                return _git(folder, "rev-parse", "HEAD") + ("+" if _git(folder, "status", "--porcelain", ".") else "")
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return None
-
-
-def _sources(package: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
-
-
-def _git(folder: Path, *args: str) -> str:
-    command = ["git", *args]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

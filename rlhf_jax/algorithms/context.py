@@ -30,10 +30,10 @@ BASE = "base"
 """Names the experiment's own model where a field names a stage."""
 
 
-Kind = Literal["policy", "reward", "ensemble"]
-"""What a stage makes: a language model, a trunk with a head, or several of these that score together."""
+Kind = Literal["policy", "reward", "ensemble", "rows"]
+"""What a stage makes: a language model, a trunk with a head, several of these that score together, or rows."""
 
-Role = Literal["policy", "reward", "ensemble", "scorer"]
+Role = Literal["policy", "reward", "ensemble", "scorer", "rows"]
 """What another stage needs it for; what scores may be one reward model or an ensemble."""
 
 MAKERS: dict[Role, tuple[Kind, ...]] = {
@@ -41,6 +41,7 @@ MAKERS: dict[Role, tuple[Kind, ...]] = {
     "reward": ("reward",),
     "ensemble": ("ensemble",),
     "scorer": ("reward", "ensemble"),
+    "rows": ("rows",),
 }
 """The kinds that serve in each role."""
 
@@ -50,7 +51,7 @@ class StageConfig(Protocol):
 
     @property
     def produces(self) -> Kind:
-        """What the stage's parameters are."""
+        """What the stage's parameters are; or rows, and none (`made_rows`)."""
         ...
 
     def requires(self) -> dict[str, tuple[str, Role]]:

@@ -26,7 +26,6 @@ from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
-from rlhf_jax.rewards.python import PythonReward
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Params
@@ -96,7 +95,7 @@ class OnPolicyConfig(Prompting):
 
     def check_inputs(self, data: Data) -> None:
         """The rows, or the labelled texts that openings are cut from, and what a reward reads of them; its file."""
-        if isinstance(self.reward, PythonReward):
+        if not isinstance(self.reward, str):
             self.reward.check_inputs()
         rows: list[Prompt] = []
         if self.data is None:

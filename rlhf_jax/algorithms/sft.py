@@ -21,7 +21,7 @@ from rlhf_jax.data.encoding import Learnt, encode_example, select
 from rlhf_jax.data.pipeline import WHOLE, packed
 from rlhf_jax.data.reading import read
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.sources import TFDS, Data, HuggingFace, Jsonl, Mixture, Source
+from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.text import CHARACTERS_A_TOKEN, Row, opening
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
@@ -57,7 +57,7 @@ class Config(SupervisedConfig):
 
     init: str = BASE
     """The stage whose weights it starts from, or "base", the experiment's model."""
-    data: Openings | Jsonl | TFDS | HuggingFace | Mixture | None = field(default_factory=Openings)
+    data: Openings | Source | None = field(default_factory=Openings)
     """Prompts and completions: cut from the experiment's texts, rows of a source of its own, or, if None, the rows of
     the experiment's. Rows have prompt and completion, messages, or text; of messages all that the assistant says is
     learnt, by the tokenizer's chat template where it has one."""

@@ -13,13 +13,13 @@ from rlhf_jax.data import formats
 from rlhf_jax.data.fields import Fields
 from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb, Votes
 from rlhf_jax.data.hf_files import HuggingFaceTable
-from rlhf_jax.data.sources import TFDS, HuggingFace, Jsonl, Mixture, Source, describe
+from rlhf_jax.data.sources import TFDS, FromStage, HuggingFace, Jsonl, Mixture, Source, describe
 from rlhf_jax.data.splits import Span, overlap, resolve
 from rlhf_jax.data.tables import JsonlTable, Located, Table, TFDSTable
 from rlhf_jax.errors import UserError
 
 T = TypeVar("T")
-Part = Jsonl | TFDS | HuggingFace
+Part = Jsonl | TFDS | HuggingFace | FromStage
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def first_row(source: Part) -> Fields:
 
 def open_table(source: Part) -> Table:
     """The source's rows as they lie."""
+    if isinstance(source, FromStage):
+        raise UserError(f"{describe(source)} can be read by a later stage's own data alone")
     if isinstance(source, Jsonl):
         return JsonlTable(source)
     return TFDSTable(source) if isinstance(source, TFDS) else HuggingFaceTable(source)

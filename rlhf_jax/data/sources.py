@@ -86,10 +86,24 @@ class HuggingFace(Selection):
 
 
 @dataclass(frozen=True)
+class FromStage(Selection):
+    """Rows that an earlier stage of the experiment has made: what it selected, or a judge's preferences."""
+
+    stage: str
+    """Its name."""
+    split: str = "all"
+    """The rows: "all", or a slice such as "all[:90%]"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse(self.split)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Rows of several sources: each is shuffled and repeated on its own, and drawn as often as its weight says."""
 
-    parts: tuple[Jsonl | TFDS | HuggingFace, ...]
+    parts: tuple[Jsonl | TFDS | HuggingFace | FromStage, ...]
     """The sources; what they hold out is held out together."""
     weights: tuple[float, ...]
     """How often each is drawn, beside the others."""
@@ -103,13 +117,15 @@ class Mixture:
             require("weights", weight, "(0, inf)")
 
 
-Source = Jsonl | TFDS | HuggingFace | Mixture
+Source = Jsonl | TFDS | HuggingFace | FromStage | Mixture
 """What a stage may name as its own rows."""
 
 Data = MovieReviews | Jsonl | TFDS | HuggingFace | Mixture
 """What an experiment may name."""
 
 
-def describe(source: Jsonl | TFDS | HuggingFace) -> str:
+def describe(source: Jsonl | TFDS | HuggingFace | FromStage) -> str:
     """How messages name a source."""
+    if isinstance(source, FromStage):
+        return f"the rows of stage {source.stage!r}"
     return f"{source.name}" if isinstance(source, TFDS) else f"{source.path}"

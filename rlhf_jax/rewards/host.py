@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Float
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.python import PythonReward
-from rlhf_jax.rewards.verifiers import AnswerChecker, PatternMatch
+from rlhf_jax.rewards.combined import Combined, Single
 
-HostFunction = AnswerChecker | PatternMatch | PythonReward
+HostFunction = Single | Combined
 """The rewards that a config may name; a new one is a frozen dataclass with the methods of `RewardFunction`."""
 
 
@@ -40,6 +39,10 @@ class RewardFunction(Protocol):
         self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Sequence[float]:
         """One finite score a completion; of each row metadata has the other fields."""
+        ...
+
+    def check_inputs(self) -> None:
+        """Raise UserError for a file or a package that is missing."""
         ...
 
     def check_row(self, row: Mapping[str, Any]) -> None:

@@ -61,6 +61,9 @@ class AnswerChecker:
             for completion, row in zip(completions, metadata, strict=True)
         ]
 
+    def check_inputs(self) -> None:
+        """Nothing: no package, no file."""
+
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Raise ValueError where a row's other fields do not hold a right answer."""
         self.expected(row)
@@ -108,6 +111,9 @@ class PatternMatch:
         """One score a completion, `found` or `missing`."""
         del prompts, metadata
         return [self.found if re.search(self.pattern, completion) else self.missing for completion in completions]
+
+    def check_inputs(self) -> None:
+        """Nothing: no package, no file."""
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Nothing: any row will do."""
