@@ -23,7 +23,7 @@ from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.reward_data import ORDERS, ComparedRows, JudgedRows, normalized
 from rlhf_jax.algorithms.reward_losses import LOSSES, Loss, first_thresholds, of_heads
 from rlhf_jax.algorithms.reward_losses import pair_loss as pair_loss
-from rlhf_jax.data.sources import TFDS, Data, FromStage, HuggingFace, Jsonl, Mixture
+from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import NonFiniteError
 from rlhf_jax.evals.reward import ScoreRows, review_accuracy, write_evaluation
@@ -47,7 +47,7 @@ class Config:
     """The function of losses.reward. Of comparisons: bradley_terry (a term a pair), k_wise (all pairs of a prompt are
     one term), plackett_luce, best_of_k; of completions one by one: scalar_rating, ordinal_rating, outcome_bce; of
     steps: process_bce."""
-    pairs: SampledPairs | Jsonl | TFDS | HuggingFace | FromStage | Mixture | None = field(default_factory=SampledPairs)
+    pairs: SampledPairs | Source | None = field(default_factory=SampledPairs)
     """The rows: comparisons that are sampled and judged, rows of a source of its own, or, if None, the rows of the
     experiment's. Comparisons have chosen and rejected, completions with ranks, scores or best, or two responses with
     annotators' votes, of which bradley_terry counts each and k_wise the majority; others prompt, completion and rating,

@@ -57,9 +57,9 @@ def draw_token(key: Key, logits: Float[Array, " v"]) -> Int[Array, ""]:
     """One token from softmax(logits): a block of the vocabulary, then a token of the block.
 
     Each of the two is drawn by a uniform number of its own, which inverts the cumulative distribution: on a CPU three
-    times as fast as the Gumbel trick of `jax.random.categorical`, which draws a number a token. One number for the whole
-    vocabulary would often fall within rounding of a step, and the draw depend on the mesh: at 49,152 tokens logits that
-    differ by 5e-6 change 42 of 20,000 draws so, and 1 with about √v steps a number. A token is drawn only if its
+    times as fast as the Gumbel trick of `jax.random.categorical`, which draws a number a token. One number for all of
+    the vocabulary would often fall within rounding of a step, and the draw depend on the mesh: at 49,152 tokens logits
+    that differ by 5e-6 change 42 of 20,000 draws so, and 1 with about √v steps a number. A token is drawn only if its
     weight is not 0; one of probability below 2**-23 in its block, the grain of the uniform number, may never be.
     """
     size = math.isqrt(logits.shape[-1] - 1) + 1
