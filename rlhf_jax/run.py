@@ -24,7 +24,19 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
-from rlhf_jax.algorithms import ai_feedback, constitutional, made_rows, ppo, pretrain, reward_model, sft
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    best_of_n,
+    constitutional,
+    distill,
+    made_rows,
+    policy,
+    ppo,
+    preference,
+    pretrain,
+    reward_model,
+    sft,
+)
 from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
@@ -41,9 +53,13 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     pretrain.Config: pretrain.train,
     sft.Config: sft.train,
     reward_model.Config: reward_model.train,
+    preference.Config: preference.train,
     ppo.Config: ppo.train,
     constitutional.Config: constitutional.train,
     ai_feedback.Config: ai_feedback.train,
+    policy.Config: policy.train,
+    best_of_n.Config: best_of_n.train,
+    distill.Config: distill.train,
 }
 """What trains each kind of stage."""
 

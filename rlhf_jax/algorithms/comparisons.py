@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rlhf_jax import hosts
-from rlhf_jax.algorithms.context import Context, check_positive, check_prompt_tokens
+from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens, own_source
 from rlhf_jax.data import formats, preferences
 from rlhf_jax.data.counts import Counts
 from rlhf_jax.data.encoding import encode_pair, encode_ranked, encode_votes, select
@@ -20,8 +20,9 @@ from rlhf_jax.data.preferences import Annotators, PreferenceGroup
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reading import first_row, read
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.sources import Mixture, Source
+from rlhf_jax.data.sources import Data, Mixture, Source
 from rlhf_jax.data.text import CHARACTERS_A_TOKEN, fitted, sentence_starts
+from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.metrics import Progress
@@ -86,6 +87,30 @@ class Comparisons:
     completions: int  # of a group, at most
     pairs: int  # of a group, at most
     counts: Counts
+
+
+Pairs = SampledPairs | Source | None
+"""Comparisons sampled and judged, rows of a source, or, if None, the rows of the experiment's data."""
+
+
+def of(pairs: Pairs, context: Context, name: str, *, length: int) -> Comparisons:
+    """A stage's comparisons, in rows of at most `length` tokens."""
+    if isinstance(pairs, SampledPairs):
+        return sample(pairs, context, name)
+    return load(source_of(pairs, context.data), context.tokenizer, length=length)
+
+
+def check_pairs(pairs: Pairs, data: Data) -> None:
+    """Raise UserError, which begins with the field, for rows or texts that they cannot be read or made from."""
+    if isinstance(pairs, SampledPairs):
+        check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
+    else:
+        check_field("pairs", lambda: check(source_of(pairs, data)))
+
+
+def source_of(pairs: Source | None, data: Data) -> Source:
+    """A stage's own rows, or the experiment's; UserError where these are movie reviews."""
+    return own_source(pairs, data, instead="pairs=SampledPairs() makes comparisons of them")
 
 
 def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:

@@ -1,7 +1,7 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,20 +9,20 @@ import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
-from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
+from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts, prompt_batches
+from rlhf_jax.algorithms.prompting import Completing, Prompting, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer, compare, write_samples
+from rlhf_jax.evals.policy import Judge, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
-from rlhf_jax.rewards.sentiment import GoldClassifier, vader
-from rlhf_jax.sampling import Sampler, Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
 
 
@@ -35,52 +35,20 @@ class ValueHead:
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig(Prompting):
-    """Fields of every stage that samples from its policy and learns from a reward."""
+class Rewarded(Completing):
+    """Fields of every stage in which a reward scores what a policy writes."""
 
     policy: str = "sft"
-    """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    """The stage whose policy writes; or "base"."""
     reward: str | HostFunction = "reward_model"
     """What scores completions: a reward_model stage, or a function of texts."""
     combine: Combine | None = None
     """How the scores of an ensemble become one, where `reward` names such; none: as its stage says."""
-    steps: int = 40
-    """Iterations: each samples a batch and learns from it."""
-    completion_tokens: int = 40
-    """Most tokens of a completion."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How completions are drawn."""
-    evaluation_sampling: Sampling | None = None
-    """How they are drawn before and after; none: as in training. KL is read at the temperature of training."""
-    checkpoint_every: int = 10
-    """Iterations between checkpoints."""
-    placement: Placement = field(default_factory=Colocated)
-    """Which devices hold which role: all of them every one, or some each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "steps", "completion_tokens", "checkpoint_every")
         if self.combine is not None and not isinstance(self.reward, str):
             raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
-        roles = ", ".join(self.idle_roles)
-        for role in self.placement.offload:
-            if role not in self.idle_roles:
-                raise ValueError(f"placement.offload: {role!r} has nothing on the devices here; these have: {roles}")
-
-    @property
-    def idle_roles(self) -> tuple[Idle, ...]:
-        """Roles that hold parameters or states in phases in which they are idle."""
-        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
-
-    @property
-    def max_weight(self) -> float | None:
-        """Largest importance weight of a token, where rollouts are made ahead; None where they are the policy's own."""
-        return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
-
-    @property
-    def produces(self) -> Kind:
-        """A language model."""
-        return "policy"
 
     def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy and reward model."""
@@ -101,9 +69,54 @@ class OnPolicyConfig(Prompting):
             except ValueError as error:
                 raise UserError(f"{error}; prompt: {' '.join(row.prompt.split())[:80]!r}") from None
 
-    def lengths(self) -> dict[str, int]:
-        """BOS, prompt and completion."""
-        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
+
+@dataclass(frozen=True)
+class OnPolicyConfig(Rewarded):
+    """Fields of every stage that samples from its policy and learns from a reward."""
+
+    policy: str = "sft"
+    """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    steps: int = 40
+    """Iterations: each samples a batch and learns from it."""
+    evaluation_sampling: Sampling | None = None
+    """How they are drawn before and after; none: as in training. KL is read at the temperature of training."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+    placement: Placement = field(default_factory=Colocated)
+    """Which devices hold which role: all of them every one, or some each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "steps", "checkpoint_every")
+        roles = ", ".join(self.idle_roles)
+        for role in self.placement.offload:
+            if role not in self.idle_roles:
+                raise ValueError(f"placement.offload: {role!r} has nothing on the devices here; these have: {roles}")
+
+    @property
+    def idle_roles(self) -> tuple[Idle, ...]:
+        """Roles that hold parameters or states in phases in which they are idle."""
+        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
+
+    @property
+    def max_weight(self) -> float | None:
+        """Largest importance weight of a token, where rollouts are made ahead; None where they are the policy's own."""
+        return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
+
+    @property
+    def redraws(self) -> int:
+        """How often, at most, groups of equal scores are replaced by those of further prompts."""
+        return 0
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know: lines of the log."""
+        cuts = "top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased"
+        return [cuts] * self.sampling.truncates
+
+    @property
+    def produces(self) -> Kind:
+        """A language model."""
+        return "policy"
 
 
 def critic_params(context: Context, critic: str | ValueHead) -> Params:
@@ -124,13 +137,19 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward, combine=config.combine)
+        fixed = algorithm.frozen(places.sampling)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
         fixed, last = iterations.readers(state)
         before, after = evaluate(
-            config,
+            Drawing(
+                config.prompt_length,
+                config.completion_tokens,
+                config.evaluation_sampling or config.sampling,
+                config.batch_size,
+                config.sampling.temperature,
+            ),
             places.sampling,
             name,
             (fixed.policy(fixed.reference), fixed.policy(last)),
@@ -160,8 +179,8 @@ def fit(
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
     share = config.optimizer.share(config.updates)
     with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
-        if config.sampling.truncates:
-            loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
+        for text in config.notes():
+            loop.note(f"{name}: {text}")
         if config.data is not None:
             loop.note(f"{name}: {prompts.counts.line()}")
         shapes = iterations.shapes(state)
@@ -175,53 +194,28 @@ def fit(
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
-    finish(context, name, held.policy.params)
+    finish(context, name, held.final)
     return held
 
 
-def judges(config: OnPolicyConfig, context: Context) -> dict[str, Judge]:
-    """Who else reads completions: of openings of labelled reviews a classifier fitted on others, and VADER."""
-    return {} if config.data is not None else {"gold": GoldClassifier.fit(context.reviews.train), "vader": vader}
+@contextmanager
+def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[tuple[Params | Scorer, Ensemble | None]]:
+    """What reads completions for their scores: a network's parameters, of an ensemble or not, or a function's process,
+    which is ended afterwards.
+    """
+    if isinstance(config.reward, str):
+        yield context.network(config.reward), ensemble_of(context, config.reward, config.combine)
+        return
+    with HostReward(config.reward, name) as scorer:
+        yield scorer, None
+
+
+def judges(config: Prompting, context: Context) -> dict[str, Judge]:
+    """Who else reads completions, where prompts are openings of labelled reviews."""
+    return {} if config.data is not None else sentiment_judges(context)
 
 
 def largest(context: Context, name: str, *metrics: str) -> dict[str, float]:
     """The largest value of each metric over a stage's steps, those of earlier sessions included."""
     lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
     return {metric: max(line[metric] for line in lines) for metric in metrics}
-
-
-def evaluate(
-    config: OnPolicyConfig,
-    context: Context,
-    name: str,
-    policies: Sequence[Params],
-    *,
-    prompts: Sequence[PromptRow],
-    reference: Params,
-    reward: Params | Scorer,
-    ensemble: Ensemble | None,
-    judges: Mapping[str, Judge],
-) -> list[list[Row]]:
-    """Let each policy complete the same prompts, and read what it writes."""
-    sampler = Sampler(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        prompt_length=config.prompt_length,
-        max_new_tokens=config.completion_tokens,
-        sampling=config.evaluation_sampling or config.sampling,
-        batch_size=config.batch_size,
-    )
-    evaluation = PolicyEvaluation(
-        context.spec,
-        context.mesh,
-        context.tokenizer,
-        sampler,
-        prompts,
-        context.key(f"{name}/evaluation"),
-        reward=reward,
-        ensemble=ensemble,
-        judges=judges,
-        temperature=config.sampling.temperature,
-    )
-    return [evaluation(params, reference) for params in policies]

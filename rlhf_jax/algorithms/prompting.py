@@ -1,7 +1,7 @@
 """Prompts of an on-policy stage: openings of reviews, or rows of a source."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens
 from rlhf_jax.data import formats
@@ -14,6 +14,7 @@ from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
+from rlhf_jax.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,32 @@ class Prompting:
             raise ValueError("as_chat: openings of reviews are no conversations; name rows by data, or leave it False")
 
     @property
+    def copies(self) -> int:
+        """How often each prompt stands in a batch."""
+        return 1
+
+    @property
     def prompt_length(self) -> int:
         """Columns of a prompt: BOS and the most tokens."""
         return 1 + self.prompt_tokens[1]
+
+
+@dataclass(frozen=True)
+class Completing(Prompting):
+    """Fields of a stage in which policies complete prompts."""
+
+    completion_tokens: int = 40
+    """Most tokens of a completion."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How completions are drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "completion_tokens")
+
+    def lengths(self) -> dict[str, int]:
+        """BOS, prompt and completion."""
+        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
 
 
 def check_prompts(config: Prompting, data: Data, *, labelled: bool) -> list[Prompt]:
@@ -61,8 +85,9 @@ def load_prompts(config: Prompting, context: Context, name: str) -> Selected[Pro
     """A source's prompts, or openings of validation reviews, and of as many test reviews as are evaluated on."""
     if config.data is None:
         reviews = context.reviews
-        train = _openings(config, context, reviews.validation, name, max(len(reviews.validation), config.batch_size))
-        heldout = _openings(config, context, reviews.test, f"{name}/evaluation", config.evaluation_prompts)
+        most = max(len(reviews.validation), config.batch_size)
+        train = openings(context, reviews.validation, name, tokens=config.prompt_tokens, count=most)
+        heldout = heldout_openings(context, name, tokens=config.prompt_tokens, count=config.evaluation_prompts)
         return Selected(train, heldout, reviews.counts)
     selected = select_prompts(
         config.data,
@@ -76,12 +101,18 @@ def load_prompts(config: Prompting, context: Context, name: str) -> Selected[Pro
     return Selected(selected.train, [selected.heldout[i] for i in some], selected.counts)
 
 
-def _openings(
-    config: Prompting, context: Context, reviews: Sequence[Review], stream: str, count: int
+def heldout_openings(context: Context, name: str, *, tokens: tuple[int, int], count: int) -> list[PromptRow]:
+    """Openings of test reviews, which nothing was trained on: what a stage is evaluated on."""
+    return openings(context, context.reviews.test, f"{name}/evaluation", tokens=tokens, count=count)
+
+
+def openings(
+    context: Context, reviews: Sequence[Review], stream: str, *, tokens: tuple[int, int], count: int
 ) -> list[PromptRow]:
+    """So many openings of reviews, of fewest and most `tokens`, drawn by the random `stream` of a stage."""
     tokenizer, rng = context.tokenizer, context.rng(stream)
-    chosen = review_prompts(reviews, tokenizer, tokens=config.prompt_tokens, count=count, rng=rng)
-    return [PromptRow(tuple(tokens), tokenizer.decode(tokens), {}) for tokens in chosen]
+    chosen = review_prompts(reviews, tokenizer, tokens=tokens, count=count, rng=rng)
+    return [PromptRow(tuple(ids), tokenizer.decode(ids), {}) for ids in chosen]
 
 
 def prompt_batches(rows: Sequence[PromptRow], config: Prompting, context: Context) -> Prompts:
@@ -92,4 +123,5 @@ def prompt_batches(rows: Sequence[PromptRow], config: Prompting, context: Contex
         pad_id=context.tokenizer.pad_id,
         batch_size=config.batch_size,
         seed=context.seed,
+        copies=config.copies,
     )

@@ -14,6 +14,7 @@ from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reading import Mixed, Rows
 from rlhf_jax.data.sources import Mixture, Source, describe
 from rlhf_jax.data.text import Row, fitted
+from rlhf_jax.data.thumbs import Liked
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.json_tokenizer import JsonTokenizer
 from rlhf_jax.interop.tokenizers import Tokenizer
@@ -130,9 +131,16 @@ class Limits:
 
 
 def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
-    """Prompt and completion, whose tokens and EOS are learnt; by a chat template all that the assistant says."""
+    """Prompt and completion, whose tokens and EOS are learnt; by a chat template all that the assistant says.
+
+    Of what a policy wrote, the ids that it wrote. Raises UserError where these are another tokenizer's.
+    """
 
     def encode(example: Example) -> Learnt:
+        if example.ids is not None:
+            _check_ids(example, tokenizer)
+            prompt, completion = example.ids
+            return Learnt(prompt + completion, (*([False] * len(prompt)), *([True] * len(completion))))
         chat = chat_tokenizer(tokenizer)
         if chat is not None and example.messages:
             tokens, counted = chat.encode_chat(example.messages, start=example.learnt_from)
@@ -142,6 +150,16 @@ def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
         return Learnt(prompt + completion, (*([False] * len(prompt)), *([True] * len(completion))))
 
     return encode
+
+
+def _check_ids(example: Example, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless a row's ids say what its texts do."""
+    assert example.ids is not None
+    for name, ids, text in zip(
+        ("prompt", "completion"), example.ids, (example.prompt, example.completion), strict=True
+    ):
+        if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids) != text:
+            raise UserError(f"'{name}_tokens' are not this model's tokens of '{name}': {text[:80]!r}; leave both out")
 
 
 def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
@@ -216,6 +234,21 @@ def encode_steps(tokenizer: Tokenizer) -> Callable[[Stepwise], JudgedRow]:
         parts = (*lines, (*tokenizer.encode(last), tokenizer.eos_id))
         targets = tuple(None if label is None else float(label) for label in row.labels)
         return JudgedRow(row.prompt, prompt, parts, targets, row.annotator)
+
+    return encode
+
+
+def encode_thumb(tokenizer: Tokenizer) -> Callable[[Thumb], Liked]:
+    """A completion that was liked or not, ended."""
+
+    def encode(thumb: Thumb) -> Liked:
+        chat = chat_tokenizer(tokenizer)
+        if chat is not None and thumb.messages:
+            prompt, completion = _answered(chat, thumb.messages, thumb.answered_from)
+        else:
+            prompt = (tokenizer.bos_id, *tokenizer.encode(thumb.prompt))
+            completion = (*tokenizer.encode(thumb.completion), tokenizer.eos_id)
+        return Liked(prompt, (completion,), thumb.label)
 
     return encode
 

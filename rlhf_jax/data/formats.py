@@ -34,6 +34,8 @@ class Example:
     """The conversation, where the row has one; by a chat template all that the assistant says in it is learnt …"""
     learnt_from: int = 0
     """… from this message on."""
+    ids: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Prompt and completion as a policy read and wrote them, special tokens included, where the row has them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,13 @@ class Text:
     label: int | None
 
 
+SHP = ("human_ref_A", "human_ref_B")
+"""The answers of a raw row of the Stanford Human Preferences, whose `labels` is 1 where the first is preferred."""
+
+
+_TURN = "\n\nAssistant:"
+
+
 def render(messages: Messages) -> str:
     r"""A conversation as text, a paragraph a turn.
 
@@ -153,26 +162,42 @@ def prompt(row: Fields) -> Prompt:
 
 
 def pair(row: Fields) -> Pair:
-    """Of prompt, chosen and rejected; without prompt, it is what both begin with (TRL's implicit prompt)."""
+    """Of prompt, chosen and rejected; without prompt, it is what both begin with (TRL's implicit prompt).
+
+    A raw row of the Stanford Human Preferences (Ethayarajh et al. 2022) has other names, see `SHP`.
+    """
     margin = row.number("margin") if "margin" in row else 0.0
     if "score_chosen" in row and "score_rejected" in row:
         margin = row.number("score_chosen") - row.number("score_rejected")
     margin = max(margin, 0.0)  # where the scores contradict the choice, the choice counts
+    if SHP[0] in row:
+        chosen, rejected = (row.text(name) for name in (SHP if row.label("labels") else SHP[::-1]))
+        return Pair(row.text("history"), chosen, rejected, margin)
     if row.is_conversation("chosen"):
         return _conversations(row, margin)
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if "prompt" in row:
         return Pair(_prompt(row)[0], chosen, rejected, margin, annotator=row.annotator)
-    # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say.
+    # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say; of
+    # raw transcripts (HH-RLHF) where the last answer begins that both have, whatever words the two have in common.
     shared = _shared(chosen, rejected)
-    texts = (chosen, rejected)
+    texts, turn = (chosen, rejected), chosen.rfind(_TURN, 0, shared)
+    if turn >= 0 and all(text[turn + len(_TURN) :].strip() for text in texts):
+        shared = turn + len(_TURN)
     while shared and not all(text[shared : shared + 1].isspace() and text[shared:].strip() for text in texts):
         shared -= 1
     return Pair(chosen[:shared], chosen[shared:], rejected[shared:], margin, annotator=row.annotator)
 
 
 def example(row: Fields) -> Example:
-    """Of prompt and completion, of messages (as plain text the last one is the completion), or of text."""
+    """Of prompt and completion, of messages (as plain text the last one is the completion), or of text.
+
+    Beside prompt and completion, prompt_tokens and completion_tokens are ids that a policy of this tokenizer read and
+    wrote: they are learnt as they stand, with EOS only where it was written.
+    """
+    if "completion_tokens" in row:
+        ids = row.ids("prompt_tokens"), row.ids("completion_tokens")
+        return Example(row.text("prompt", empty=True), row.text("completion", empty=True), ids=ids)
     if "messages" in row:
         messages = row.messages("messages")
         return Example(render(messages[:-1]), render(messages[-1:]), _for_template(messages))
@@ -195,7 +220,7 @@ def scored(row: Fields) -> Scored:
 
 def judged(row: Fields) -> Pair | Scored:
     """A pair, or a text with its score."""
-    if "chosen" in row:
+    if "chosen" in row or SHP[0] in row:
         return pair(row)
     if "text" in row:
         return scored(row)

@@ -33,6 +33,7 @@ class PreferenceGroup:
     margins: tuple[float, ...]  # one a pair
     source: str
     annotators: tuple[str, ...] = ()  # who judged, one a pair; empty where that is not known
+    ref_logps: tuple[float, ...] = ()  # of each completion under a reference, where that was read
 
     def rows(self) -> list[list[int]]:
         """Prompt and completion, one row a completion."""

@@ -162,7 +162,8 @@ def _read_part(source: Part, parse: Callable[[Fields], T]) -> Rows[T]:
     table = open_table(source)
 
     def parsed(split: str) -> list[T]:
-        return [parse(Fields(place, row, source.fields)) for place, row in _located(table, split, source)]
+        rows = (Fields(place, row, source.fields) for place, row in _located(table, split, source))
+        return [parse(row) for row in (_at_least(list(rows), source) if source.least else rows)]
 
     if not isinstance(source.heldout, str):
         rows, merged = _unique(parsed(source.split))
@@ -171,6 +172,16 @@ def _read_part(source: Part, parse: Callable[[Fields], T]) -> Rows[T]:
     heldout, twice = _unique(parsed(source.heldout))
     train, merged = _unique(parsed(source.split))
     return _without(Rows(source, train, heldout, merged + twice), {_key(row) for row in heldout})
+
+
+def _at_least(rows: list[Fields], source: Part) -> list[Fields]:
+    """The rows whose numbers are not below those that the source asks for; UserError where none is left."""
+    for name, least in source.least.items():
+        numbers = [row.number(name) for row in rows]
+        if rows and max(numbers) < least:
+            raise UserError(f"{describe(source)}: least={dict(source.least)}: the largest {name!r} is {max(numbers):g}")
+        rows = [row for row, number in zip(rows, numbers, strict=True) if number >= least]
+    return rows
 
 
 def _located(table: Table, split: str, source: Part) -> Iterator[Located]:

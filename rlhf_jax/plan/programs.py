@@ -14,9 +14,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import ai_feedback, constitutional, iterations, ppo, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    best_of_n,
+    constitutional,
+    distill,
+    iterations,
+    policy,
+    ppo,
+    preference,
+    pretrain,
+    pretraining_mix,
+    reward_model,
+    sft,
+    supervised,
+)
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -31,7 +46,7 @@ from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
-from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout
+from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
 ENDS = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
@@ -137,7 +152,7 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
     if config.loss in reward_model.ORDERS:
         tokens, mask = (of(k, config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
         weights, judged = of(math.comb(k, 2), dtype=jnp.float32), of(math.comb(k, 2), 2, dtype=jnp.int32)
-        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, of(k, dtype=jnp.float32))
     else:
         tokens, mask = (of(config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
         places = 8 if config.loss == "process_bce" else 1
@@ -146,17 +161,50 @@ def _reward_model(config: reward_model.Config, context: Context, name: str) -> I
     yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(tokens.shape))
 
 
+def _preference(config: preference.Config, context: Context, name: str) -> Iterator[Program]:
+    state, step = preference.start(config, context, name)
+    if config.of_thumbs is not None:
+        k = 2 if config.of_thumbs.loss == "kto" else 1
+    else:  # how many completions a source's ranked rows have only they know: two are planned for
+        k = config.pairs.completions if isinstance(config.pairs, SampledPairs) else 2
+    b, p = config.batch_size, math.comb(k, 2)
+    rows = (b, k, config.length)
+    tokens, mask = _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_)
+    ref_logps = _batch(context, (b, k), jnp.float32)
+    if config.of_thumbs is not None:
+        batch = ThumbBatch(tokens, mask, mask, _batch(context, (b,), jnp.bool_), ref_logps)
+    else:
+        weights, judged = _batch(context, (b, p), jnp.float32), _batch(context, (b, p, 2), jnp.int32)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, ref_logps)
+    args = (state, batch, context.base)
+    kept = _roles((context.base, state.reference), state.policy)
+    yield Program(name, "train", step, args, kept, config.steps, math.prod(rows))
+
+
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
-    spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
+    algorithm = ppo.Algorithm(config, context.spec, **ENDS)
+    state = ppo.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+
+
+def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = policy.Algorithm(config, context.spec, **ENDS)
+    state = policy.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
+def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
+    config = algorithm.config
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    algorithm = ppo.Algorithm(config, spec, **ENDS)
-    state = ppo.initial_state(algorithm, context, name)
     frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
+    if config.ptx is not None:
+        frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
-    kept = _roles(frozen, state.policy, state.critic)
+    kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
     for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
@@ -204,13 +252,36 @@ def _constitutional(config: constitutional.Config, context: Context, name: str) 
         yield _decode(context, name, what, params, sizes, config.sampling, batches * times)
 
 
+def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterator[Program]:
+    sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
+    calls = sum(math.ceil(n * config.n / config.batch_size) for n in (config.prompts, config.evaluation_prompts))
+    decode = _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
+    reward = context.network(config.reward) if isinstance(config.reward, str) else {}
+    yield dataclasses.replace(decode, roles={**decode.roles, "frozen": reward})
+
+
+def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Program]:
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
+    state, step = distill.start(config, context, name)
+    teacher, rows = context.policy(config.teacher), functools.partial(_batch, context, (b, p + n))
+    rollout = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
+    roles = _roles((context.base, teacher), state)
+    yield Program(name, "train", step, (state, rollout, context.base, teacher), roles, config.steps, b * (p + n))
+    calls = config.steps + 3 * math.ceil(config.evaluation_prompts / b)  # student before and after, teacher
+    yield _decode(context, name, "decode", teacher, (b, p, n), config.sampling, calls)
+
+
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
+    preference.Config: _preference,
     ppo.Config: _ppo,
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
+    policy.Config: _policy,
+    best_of_n.Config: _best_of_n,
+    distill.Config: _distill,
 }
 """What makes the programs of each kind of stage."""
 

@@ -15,6 +15,7 @@ from rlhf_jax.algorithms import (
     iterations,
     onpolicy,
     ppo,
+    preference,
     pretrain,
     reward_model,
     sft,
@@ -81,7 +82,7 @@ def a_run_of(context):
     yield "sft.train", step, (state, put(PackedBatch(rows, rows, rows > 0)), context.base)
     state, step = reward_model.start(STAGES["reward_model"], context, "reward_model")
     rows, pairs = np.zeros((32, 3, 32), np.int32), np.zeros((32, 3), np.float32)
-    batch = put(PreferenceBatch(rows, rows > 0, rows > 0, np.zeros((32, 3, 2), np.int32), pairs, pairs))
+    batch = put(PreferenceBatch(rows, rows > 0, rows > 0, np.zeros((32, 3, 2), np.int32), pairs, pairs, pairs))
     yield "reward_model.train", step, (state, batch, context.head_base)
     algorithm = ppo.Algorithm(STAGES["ppo"], context.spec, **programs.ENDS)
     state = ppo.initial_state(algorithm, context, "ppo")
@@ -143,6 +144,37 @@ def test_a_reward_on_the_host_parts_the_iteration():
     assert [one.name for one in found] == ["sample", "learn", "decode"]
 
 
+def test_stages_that_make_rows_sample_and_judge():
+    judge = ai_feedback.LocalJudge("sft", length=48, batch_size=16)
+    feedback = {"prompt_tokens": (2, 7), "completion_tokens": 20, "batch_size": 32, "prompts": 40}
+    stages = {
+        "sft": STAGES["sft"],
+        "revisions": constitutional.Config(policy="sft", prompts=40, batch_size=32, rounds=2, length=32,
+                                           answer_tokens=16, critique_tokens=8),
+        "feedback": ai_feedback.Config(policy="sft", judge=judge, **feedback),
+    }  # fmt: skip
+    _, *found = programs.programs(experiment(stages=stages), sharding.make_mesh(MESHES[0]))
+    assert {f"{one.stage}.{one.name}": (one.calls, one.tokens, one.decode_steps) for one in found} == {
+        "revisions.answer": (2 * 3, 32 * (32 + 16), 16), "revisions.critique": (2 * 2, 32 * (32 + 8), 8),
+        "feedback.decode": (3, 32 * 28, 20), "feedback.judge": (3 * 2, 16 * 48, 0),
+    }  # fmt: skip
+    with sharding.scope(sharding.make_mesh(MESHES[0])):
+        for one in found:
+            one.function.lower(*one.args)
+
+
+@pytest.mark.parametrize(("loss", "completions"), [("dpo", 3), ("kto", 2), ("bco", 1)])
+def test_a_policy_from_judgements(loss, completions):
+    pairs = SampledPairs(policy="base", completions=3, completion_tokens=20)
+    config = preference.Config(init="base", pairs=pairs, losses=(preference.Term(loss),), reference=preference.Sync())
+    (one,) = programs.programs(experiment(stages={"x": config}), mesh := sharding.make_mesh(MESHES[0]))
+    assert one.tokens == 32 * completions * 49 and one.calls == 200
+    held = estimate.argument_bytes(one)
+    assert held["frozen"] == held["parameters"]  # the reference that follows
+    with sharding.scope(mesh):
+        assert one.function.lower(*one.args).as_text()
+
+
 KINDS = {
     "rated": reward_model.Config(loss="ordinal_rating", pairs=Jsonl("rows"), completion_tokens=20, length=32),
     "steps": reward_model.Config(loss="process_bce", pairs=Jsonl("rows"), completion_tokens=20, length=32),
@@ -164,25 +196,6 @@ def test_reward_models_of_every_kind_can_be_planned():
     assert found["models"].args[1].tokens.shape == (32, 3, 4, 64) and found["heads"].tokens == 32 * 4 * 64
     sizes = {name: programs.device_bytes(one.roles["parameters"]) for name, one in found.items()}
     assert 2.9 < sizes["models"] / sizes["steps"] <= 3 and sizes["heads"] < 1.1 * sizes["steps"]
-
-
-def test_stages_that_make_rows_sample_and_judge():
-    judge = ai_feedback.LocalJudge("sft", length=48, batch_size=16)
-    feedback = {"prompt_tokens": (2, 7), "completion_tokens": 20, "batch_size": 32, "prompts": 40}
-    stages = {
-        "sft": STAGES["sft"],
-        "revisions": constitutional.Config(policy="sft", prompts=40, batch_size=32, rounds=2, length=32,
-                                           answer_tokens=16, critique_tokens=8),
-        "feedback": ai_feedback.Config(policy="sft", judge=judge, **feedback),
-    }  # fmt: skip
-    _, *found = programs.programs(experiment(stages=stages), sharding.make_mesh(MESHES[0]))
-    assert {f"{one.stage}.{one.name}": (one.calls, one.tokens, one.decode_steps) for one in found} == {
-        "revisions.answer": (2 * 3, 32 * (32 + 16), 16), "revisions.critique": (2 * 2, 32 * (32 + 8), 8),
-        "feedback.decode": (3, 32 * 28, 20), "feedback.judge": (3 * 2, 16 * 48, 0),
-    }  # fmt: skip
-    with sharding.scope(sharding.make_mesh(MESHES[0])):
-        for one in found:
-            one.function.lower(*one.args)
 
 
 def test_pretraining_is_known_and_another_stage_is_named():
