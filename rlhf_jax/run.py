@@ -30,7 +30,9 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     made_rows,
+    policy,
     ppo,
+    preference,
     pretrain,
     reward_model,
     sft,
@@ -51,9 +53,11 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     pretrain.Config: pretrain.train,
     sft.Config: sft.train,
     reward_model.Config: reward_model.train,
+    preference.Config: preference.train,
     ppo.Config: ppo.train,
     constitutional.Config: constitutional.train,
     ai_feedback.Config: ai_feedback.train,
+    policy.Config: policy.train,
     best_of_n.Config: best_of_n.train,
     distill.Config: distill.train,
 }
@@ -212,6 +216,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed, mesh=mesh),
             data=experiment.data,
             wandb=experiment.wandb,
+            ensembles=reward_model.ensembles(experiment.stages),
         )
         for name, stage in experiment.stages.items():
             _run_stage(name, stage, context)
@@ -251,7 +256,7 @@ def _run_stage(name: str, stage: Any, context: Context) -> None:
 def _digest(name: str, stage: StageConfig, context: Context) -> str:
     if stage.produces == "rows":
         return made_rows.digest(context.stage_dir(name) / made_rows.FOLDER)
-    return params_digest((context.head_params if stage.produces == "reward" else context.policy_params)(name))
+    return params_digest((context.policy_params if stage.produces == "policy" else context.head_params)(name))
 
 
 def _figure(value: float) -> str:

@@ -26,7 +26,7 @@ from rlhf_jax.algorithms.prompting import load_prompts
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.evals.best_of_n import best_of_n, best_of_n_kl, powers_up_to
-from rlhf_jax.evals.bootstrap import bootstrap_interval, weighted_mean
+from rlhf_jax.evals.bootstrap import interval, mean_of
 from rlhf_jax.evals.policy import Judge, Row, compare, write_samples
 from rlhf_jax.files import write_whole
 from rlhf_jax.numerics import require
@@ -91,12 +91,11 @@ def sampled(config: Config, context: Context, name: str, prompts: Sequence[Promp
         config.prompt_length,
         config.completion_tokens,
         config.sampling,
-        config.sampling.temperature,
         config.batch_size,
     )
     policy, key = context.policy(config.policy), context.key(f"{name}/completions")
-    with onpolicy.reward_of(config, context, name) as reward:
-        reader = evaluator(drawing, context, name, prompts=prompts, reward=reward, judges={})
+    with onpolicy.reward_of(config, context, name) as (reward, ensemble):
+        reader = evaluator(drawing, context, name, prompts=prompts, reward=reward, ensemble=ensemble, judges={})
 
         def made(number: int, batch: Sequence[PromptRow]) -> made_rows.Rows:
             repeated = [prompt for prompt in batch for _ in range(config.n)]
@@ -160,7 +159,7 @@ def curve(groups: Sequence[Sequence[Row]]) -> list[dict[str, float]]:
         point = {"n": n, "kl": best_of_n_kl(n)}
         for name, values in columns.items():
             worth = best_of_n(columns["score"], values, n=n)
-            low, high = bootstrap_interval(weighted_mean(worth), np.arange(len(worth)))
+            low, high = interval(mean_of(worth), range(len(worth)))
             point |= {name: float(worth.mean()), f"{name}_low": low, f"{name}_high": high}
         points.append(point)
     return points

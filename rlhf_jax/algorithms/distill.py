@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax import guard, hosts, losses, masking, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Completing, check_prompts, load_prompts, prompt_batches
@@ -79,7 +79,7 @@ class Config(Completing):
         """A language model."""
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Student and teacher."""
         return named("policy", student=self.student, teacher=self.teacher)
 
@@ -138,7 +138,6 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
             config.prompt_length,
             config.completion_tokens,
             config.sampling,
-            config.sampling.temperature,
             config.batch_size,
         ),
         context,

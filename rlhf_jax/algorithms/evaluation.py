@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Params
@@ -18,11 +19,12 @@ class Drawing:
     prompt_length: int
     """Columns of a prompt, BOS included."""
     completion_tokens: int
+    """Most tokens of a completion."""
     sampling: Sampling
-    temperature: float
-    """Of the log-probs in the KL, whichever one completions are sampled at."""
     batch_size: int
     """Completions at once."""
+    temperature: float | None = None
+    """Of the log-probs in the KL; none: that of `sampling`."""
 
 
 def sentiment_judges(context: Context) -> dict[str, Judge]:
@@ -37,6 +39,7 @@ def evaluator(
     *,
     prompts: Sequence[PromptRow],
     reward: Params | Scorer,
+    ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
 ) -> PolicyEvaluation:
     """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
@@ -57,8 +60,9 @@ def evaluator(
         prompts,
         context.key(stream),
         reward=reward,
+        ensemble=ensemble,
         judges=judges,
-        temperature=drawing.temperature,
+        temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )
 
 
@@ -71,8 +75,10 @@ def evaluate(
     prompts: Sequence[PromptRow],
     reference: Params,
     reward: Params | Scorer,
+    ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
 ) -> list[list[Row]]:
     """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
-    evaluation = evaluator(drawing, context, f"{name}/evaluation", prompts=prompts, reward=reward, judges=judges)
-    return [evaluation(params, reference) for params in policies]
+    stream = f"{name}/evaluation"
+    read = evaluator(drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges)
+    return [read(params, reference) for params in policies]

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
-from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Completing, Prompting, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.data.encoding import Selected
@@ -20,6 +20,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import Judge, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
@@ -41,10 +42,18 @@ class Rewarded(Completing):
     """The stage whose policy writes; or "base"."""
     reward: str | HostFunction = "reward_model"
     """What scores completions: a reward_model stage, or a function of texts."""
+    combine: Combine | None = None
+    """How the scores of an ensemble become one, where `reward` names such; none: as its stage says."""
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine is not None and not isinstance(self.reward, str):
+            raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
+
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy and reward model."""
-        reward = named("reward", reward=self.reward) if isinstance(self.reward, str) else {}
+        role = "scorer" if self.combine is None else "ensemble"
+        reward = named(role, reward=self.reward) if isinstance(self.reward, str) else {}
         return named("policy", policy=self.policy) | reward
 
     def check_inputs(self, data: Data) -> None:
@@ -95,6 +104,16 @@ class OnPolicyConfig(Rewarded):
         return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
 
     @property
+    def redraws(self) -> int:
+        """How often, at most, groups of equal scores are replaced by those of further prompts."""
+        return 0
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know: lines of the log."""
+        cuts = "top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased"
+        return [cuts] * self.sampling.truncates
+
+    @property
     def produces(self) -> Kind:
         """A language model."""
         return "policy"
@@ -118,7 +137,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward)
+        fixed = algorithm.frozen(places.sampling)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -128,8 +147,8 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
                 config.prompt_length,
                 config.completion_tokens,
                 config.evaluation_sampling or config.sampling,
-                config.sampling.temperature,
                 config.batch_size,
+                config.sampling.temperature,
             ),
             places.sampling,
             name,
@@ -137,6 +156,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             prompts=prompts.heldout,
             reference=fixed.policy(fixed.reference),
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
+            ensemble=fixed.ensemble,
             judges=judged_by,
         )
     if hosts.is_writer():
@@ -159,8 +179,8 @@ def fit(
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
     share = config.optimizer.share(config.updates)
     with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
-        if config.sampling.truncates:
-            loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
+        for text in config.notes():
+            loop.note(f"{name}: {text}")
         if config.data is not None:
             loop.note(f"{name}: {prompts.counts.line()}")
         shapes = iterations.shapes(state)
@@ -174,18 +194,20 @@ def fit(
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
-    finish(context, name, held.policy.params)
+    finish(context, name, held.final)
     return held
 
 
 @contextmanager
-def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[Params | Scorer]:
-    """What reads completions for their scores: a network's parameters, or a function's process, ended afterwards."""
+def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[tuple[Params | Scorer, Ensemble | None]]:
+    """What reads completions for their scores: a network's parameters, of an ensemble or not, or a function's process,
+    which is ended afterwards.
+    """
     if isinstance(config.reward, str):
-        yield context.network(config.reward)
+        yield context.network(config.reward), ensemble_of(context, config.reward, config.combine)
         return
     with HostReward(config.reward, name) as scorer:
-        yield scorer
+        yield scorer, None
 
 
 def judges(config: Prompting, context: Context) -> dict[str, Judge]:

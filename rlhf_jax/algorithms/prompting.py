@@ -42,6 +42,11 @@ class Prompting:
             raise ValueError("as_chat: openings of reviews are no conversations; name rows by data, or leave it False")
 
     @property
+    def copies(self) -> int:
+        """How often each prompt stands in a batch."""
+        return 1
+
+    @property
     def prompt_length(self) -> int:
         """Columns of a prompt: BOS and the most tokens."""
         return 1 + self.prompt_tokens[1]
@@ -118,4 +123,5 @@ def prompt_batches(rows: Sequence[PromptRow], config: Prompting, context: Contex
         pad_id=context.tokenizer.pad_id,
         batch_size=config.batch_size,
         seed=context.seed,
+        copies=config.copies,
     )

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from rlhf_jax import guard, losses, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.sources import Data
@@ -59,7 +59,7 @@ class SupervisedConfig:
         """A language model."""
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Nothing but the experiment's model."""
         return {}
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from rlhf_jax.data.counts import Counts
-from rlhf_jax.data.formats import Example, Pair, Ranked
+from rlhf_jax.data.formats import Example, Pair, Ranked, Rated, Stepwise, Thumb, Votes
+from rlhf_jax.data.judged import JudgedRow
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reading import Mixed, Rows
 from rlhf_jax.data.sources import Mixture, Source, describe
 from rlhf_jax.data.text import Row, fitted
+from rlhf_jax.data.thumbs import Liked
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.json_tokenizer import JsonTokenizer
 from rlhf_jax.interop.tokenizers import Tokenizer
@@ -165,8 +167,9 @@ def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
 
     def encode(pair: Pair) -> PreferenceGroup:
         chat, texts = chat_tokenizer(tokenizer), (pair.chosen, pair.rejected)
+        annotators = () if pair.annotator is None else (pair.annotator,)
         if chat is None or not pair.chosen_messages:
-            return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,))
+            return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,), annotators)
         prompts, completions = zip(
             *(
                 _answered(chat, messages, pair.answered_from)
@@ -176,7 +179,8 @@ def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
         )
         if prompts[0] != prompts[1]:
             raise UserError(f"the chat template writes the prompt of two answers in two ways: {pair.prompt[:80]!r}")
-        return PreferenceGroup(pair.prompt, texts, prompts[0], completions, (), ((0, 1),), (pair.margin,), "file")
+        judged = (), ((0, 1),), (pair.margin,), "file", annotators
+        return PreferenceGroup(pair.prompt, texts, prompts[0], completions, *judged)
 
     return encode
 
@@ -187,7 +191,64 @@ def encode_ranked(tokenizer: Tokenizer) -> Callable[[Ranked], PreferenceGroup]:
     def encode(row: Ranked) -> PreferenceGroup:
         places = range(len(row.ranks))
         pairs = tuple((a, b) for a in places for b in places if row.ranks[a] < row.ranks[b])
-        return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs))
+        annotators = () if row.annotator is None else (row.annotator,) * len(pairs)
+        return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs), annotators)
+
+    return encode
+
+
+def encode_votes(tokenizer: Tokenizer) -> Callable[[Votes], PreferenceGroup]:
+    """Two completions, with a pair for each annotator who preferred one, whose number is the annotator's name."""
+
+    def encode(row: Votes) -> PreferenceGroup:
+        said = [(str(i), vote) for i, vote in enumerate(row.votes) if vote is not None]
+        pairs, annotators = tuple((vote, 1 - vote) for _, vote in said), tuple(who for who, _ in said)
+        return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs), annotators)
+
+    return encode
+
+
+def encode_rated(tokenizer: Tokenizer) -> Callable[[Rated | Thumb], JudgedRow]:
+    """A completion, ended, with its rating, or with 1 or 0 for its label."""
+
+    def encode(row: Rated | Thumb) -> JudgedRow:
+        target = row.rating if isinstance(row, Rated) else float(row.label)
+        chat = chat_tokenizer(tokenizer)
+        if chat is not None and isinstance(row, Thumb) and row.messages:
+            prompt, completion = _answered(chat, row.messages, row.answered_from)
+        else:
+            prompt = (tokenizer.bos_id, *tokenizer.encode(row.prompt))
+            completion = (*tokenizer.encode(row.completion), tokenizer.eos_id)
+        return JudgedRow(row.prompt, prompt, (completion,), (target,), row.annotator)
+
+    return encode
+
+
+def encode_steps(tokenizer: Tokenizer) -> Callable[[Stepwise], JudgedRow]:
+    """A solution's steps, a line each, the last one ended; the prompt's own line ends before them."""
+
+    def encode(row: Stepwise) -> JudgedRow:
+        prompt = (tokenizer.bos_id, *tokenizer.encode(row.prompt + "\n"))
+        *first, last = row.completions
+        lines = [tuple(tokenizer.encode(step + "\n")) for step in first]
+        parts = (*lines, (*tokenizer.encode(last), tokenizer.eos_id))
+        targets = tuple(None if label is None else float(label) for label in row.labels)
+        return JudgedRow(row.prompt, prompt, parts, targets, row.annotator)
+
+    return encode
+
+
+def encode_thumb(tokenizer: Tokenizer) -> Callable[[Thumb], Liked]:
+    """A completion that was liked or not, ended."""
+
+    def encode(thumb: Thumb) -> Liked:
+        chat = chat_tokenizer(tokenizer)
+        if chat is not None and thumb.messages:
+            prompt, completion = _answered(chat, thumb.messages, thumb.answered_from)
+        else:
+            prompt = (tokenizer.bos_id, *tokenizer.encode(thumb.prompt))
+            completion = (*tokenizer.encode(thumb.completion), tokenizer.eos_id)
+        return Liked(prompt, (completion,), thumb.label)
 
     return encode
 
@@ -214,6 +275,7 @@ def encode_group(
     texts: tuple[str, ...],
     pairs: tuple[tuple[int, int], ...],
     margins: tuple[float, ...],
+    annotators: tuple[str, ...] = (),
 ) -> PreferenceGroup:
     """Completions of a prompt as plain text, each ended; their pairs as (winner, loser), with a margin each."""
     return PreferenceGroup(
@@ -225,4 +287,5 @@ def encode_group(
         pairs=pairs,
         margins=margins,
         source="file",
+        annotators=annotators,
     )

@@ -1,15 +1,33 @@
-"""Groups of completions to endless, resumable batches. Shapes: b prompts, k completions, p pairs, t tokens."""
+"""Judged completions to endless, resumable batches. Shapes: b prompts, k completions, p pairs, t tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import grain
 import numpy as np
+from jaxtyping import Bool, Int
 
 from rlhf_jax.data.pipeline import READ, WHOLE, endless
 from rlhf_jax.data.preferences import PreferenceGroup
+from rlhf_jax.data.thumbs import Liked
 from rlhf_jax.sharding import Shard
-from rlhf_jax.types import PreferenceBatch
+from rlhf_jax.types import PreferenceBatch, ThumbBatch
+
+
+class Completed(Protocol):
+    """A prompt and its completions, in tokens."""
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """BOS first."""
+        ...
+
+    @property
+    def completion_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """One or more."""
+        ...
 
 
 def preference_batches(
@@ -20,32 +38,68 @@ def preference_batches(
     completions: int,
     length: int,
     seed: int,
+    pairs: int | None = None,
     shard: Shard = WHOLE,
 ) -> grain.DatasetIterator:
     """Endless `PreferenceBatch`es, see `endless`; of each the process's `shard`."""
-
-    def batch(rows: Sequence[PreferenceGroup]) -> PreferenceBatch:
-        return batch_groups(rows[shard.rows(batch_size)], pad_id=pad_id, completions=completions, length=length)
-
-    batches = endless(groups, seed=seed).batch(batch_size, batch_fn=batch)
-    return iter(batches.to_iter_dataset(READ))
+    make = partial(batch_groups, pad_id=pad_id, completions=completions, length=length, pairs=pairs)
+    return batches(groups, make, batch_size=batch_size, seed=seed, shard=shard)
 
 
-def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int) -> PreferenceBatch:
-    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0."""
-    b, p = len(groups), math.comb(completions, 2)
-    tokens = np.full((b, completions, length), pad_id, np.int32)
-    mask = np.zeros((b, completions, length), bool)
-    completion_mask = np.zeros((b, completions, length), bool)
-    pairs = np.zeros((b, p, 2), np.int32)
+def batches(
+    rows: Sequence[Any], make: Callable[[Sequence[Any]], Any], *, batch_size: int, seed: int, shard: Shard = WHOLE
+) -> grain.DatasetIterator:
+    """Endless batches that `make` makes of rows, see `endless`; of each the process's `shard`."""
+
+    def batch(drawn: Sequence[Any]) -> Any:
+        return make(drawn[shard.rows(batch_size)])
+
+    return iter(endless(rows, seed=seed).batch(batch_size, batch_fn=batch).to_iter_dataset(READ))
+
+
+def stack(
+    rows: Sequence[Completed], *, pad_id: int, completions: int, length: int
+) -> tuple[Int[np.ndarray, "b k t"], Bool[np.ndarray, "b k t"], Bool[np.ndarray, "b k t"]]:
+    """Tokens, mask and completion mask of at most `completions` completions each, padded on the right."""
+    shape = len(rows), completions, length
+    tokens, mask, completion_mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
+    for i, row in enumerate(rows):
+        for j, completion in enumerate(row.completion_tokens):
+            start = len(row.prompt_tokens)
+            end = start + len(completion)
+            tokens[i, j, :end] = (*row.prompt_tokens, *completion)
+            mask[i, j, :end] = True
+            completion_mask[i, j, max(start, 1) : end] = True
+    return tokens, mask, completion_mask
+
+
+def batch_groups(
+    groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int, pairs: int | None = None
+) -> PreferenceBatch:
+    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0.
+
+    A group has at most `pairs` of these; None: one of every two completions.
+    """
+    b, p = len(groups), math.comb(completions, 2) if pairs is None else pairs
+    judged = np.zeros((b, p, 2), np.int32)
     weights, margins = np.zeros((b, p), np.float32), np.zeros((b, p), np.float32)
     for i, group in enumerate(groups):
-        for j, row in enumerate(group.rows()):
-            tokens[i, j, : len(row)] = row
-            mask[i, j, : len(row)] = True
-            completion_mask[i, j, max(len(row) - len(group.completion_tokens[j]), 1) : len(row)] = True
         n = len(group.pairs)
-        pairs[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
+        judged[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
         weights[i, :n] = 1
         margins[i, :n] = group.margins
-    return PreferenceBatch(tokens, mask, completion_mask, pairs, weights, margins)
+    stacked = stack(groups, pad_id=pad_id, completions=completions, length=length)
+    return PreferenceBatch(*stacked, judged, weights, margins, _ref_logps(groups, completions))
+
+
+def batch_thumbs(rows: Sequence[Liked], *, pad_id: int, completions: int, length: int) -> ThumbBatch:
+    """Stack completions that were liked or not, with the other prompts' where there are any."""
+    stacked = stack(rows, pad_id=pad_id, completions=completions, length=length)
+    return ThumbBatch(*stacked, np.asarray([row.desirable for row in rows]), _ref_logps(rows, completions))
+
+
+def _ref_logps(rows: Sequence[PreferenceGroup] | Sequence[Liked], completions: int) -> np.ndarray:
+    found = np.zeros((len(rows), completions), np.float32)
+    for i, row in enumerate(rows):
+        found[i, : len(row.ref_logps)] = row.ref_logps
+    return found

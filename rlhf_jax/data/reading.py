@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_jax.data import formats
 from rlhf_jax.data.fields import Fields
-from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb
+from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb, Votes
 from rlhf_jax.data.hf_files import HuggingFaceTable
 from rlhf_jax.data.sources import TFDS, FromStage, HuggingFace, Jsonl, Mixture, Source, describe
 from rlhf_jax.data.splits import Span, overlap, resolve
@@ -105,6 +105,11 @@ def read_rated(source: Source) -> Split[Rated]:
 def read_stepwise(source: Source) -> Split[Stepwise]:
     """Solutions in judged steps, see `formats.stepwise`."""
     return join(source, read(source, formats.stepwise))
+
+
+def read_votes(source: Source) -> Split[Votes]:
+    """What several annotators said of two completions, see `formats.votes`."""
+    return join(source, read(source, formats.votes))
 
 
 def read_texts(source: Source) -> Split[Text]:

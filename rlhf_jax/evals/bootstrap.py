@@ -1,52 +1,72 @@
-"""How far a held-out figure would move, had other prompts been held out. Shapes: n rows."""
+"""Intervals of figures by the bootstrap over prompts (Efron 1979): what shares a prompt is drawn together.
 
-from collections.abc import Callable
+Shapes: m items, of which those of one cluster share a prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-Statistic = Callable[[Float[np.ndarray, " n"]], float]
-"""A figure of rows that count by a weight each; NaN where these rows do not give it."""
+RESAMPLES = 1_000
+
+Statistic = Callable[[np.ndarray], float]
+"""Weights [m], how often each item was drawn, to a figure; NaN where these items have none."""
 
 
-def bootstrap_interval(
-    statistic: Statistic, prompts: Int[np.ndarray, " n"], *, draws: int = 1_000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95% percentile interval of a figure, over prompts drawn with replacement (Efron and Tibshirani 1993, ch. 13).
+def interval(statistic: Statistic, clusters: Sequence[Any], *, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic over draws, with replacement, of as many clusters as there are.
 
-    `prompts` are the rows' prompts by number, from 0 on without gaps: rows of one prompt come and stay away together,
-    since they are not independent. Draws that do not give the figure are left out; NaN where none does.
+    Draws in which the statistic is NaN do not count. Raises ValueError where it is in all of them.
 
-    >>> low, high = bootstrap_interval(weighted_mean(np.array([0.0, 1.0, 1.0, 1.0])), np.arange(4))
-    >>> low, high
+    >>> interval(lambda weights: float(np.average([0.0, 1.0, 1.0, 1.0], weights=weights)), ["a", "b", "c", "d"])
     (0.25, 1.0)
     """
-    rng, count = np.random.default_rng(seed), int(prompts.max()) + 1
-    found = [statistic(rng.multinomial(count, np.full(count, 1 / count))[prompts].astype(float)) for _ in range(draws)]
-    known = np.asarray([value for value in found if np.isfinite(value)])
-    low, high = np.quantile(known, [0.025, 0.975]) if known.size else (np.nan, np.nan)
+    ids, index = np.unique(np.asarray(clusters), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=RESAMPLES)
+    values = np.asarray([statistic(draw[index].astype(np.float64)) for draw in draws])
+    if np.isnan(values).all():
+        raise ValueError(f"{len(ids)} prompts are too few for an interval")
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def weighted_mean(values: Float[np.ndarray, " n"]) -> Statistic:
-    """The mean of values as a figure of their weights."""
-    wide = np.asarray(values, np.float64)
-    return lambda weights: float(wide @ weights / weights.sum())
+def mean_of(values: Any) -> Statistic:
+    """The mean of values [m]; NaN where nothing is drawn."""
+    values = np.asarray(values, np.float64)
+
+    def mean(weights: np.ndarray) -> float:
+        return float(values @ weights / weights.sum()) if weights.sum() else float("nan")
+
+    return mean
 
 
-def auc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> Statistic:
-    """The area under the ROC curve as a figure of the rows' weights: how often a positive row has the higher score.
+def area_under_curve(scores: Any, labels: Any) -> Statistic:
+    """The area under the ROC curve of scores [m] for labels [m] of 1 and 0: P(score of a 1 > that of a 0), ties ½.
 
-    A tie counts half; NaN where a kind has no weight. A score that is the same for all rows gives 1/2.
+    NaN without a 1 or without a 0.
 
-    >>> auc(np.array([0.1, 0.4, 0.4]), np.array([False, True, False]))(np.ones(3))
-    0.75
+    >>> area_under_curve([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1])(np.ones(4))
+    0.875
     """
-    places = np.unique(scores, return_inverse=True)[1]
+    ranks = np.unique(np.asarray(scores), return_inverse=True)[1]
+    labels = np.asarray(labels, np.float64)
 
-    def area(weights: Float[np.ndarray, " n"]) -> float:
-        up, down = (np.bincount(places, weights * kind) for kind in (positive, ~positive))
-        pairs = up.sum() * down.sum()
-        return float(up @ (np.cumsum(down) - down / 2) / pairs) if pairs else float("nan")
+    def area(weights: np.ndarray) -> float:
+        ones, zeros = np.bincount(ranks, weights * labels), np.bincount(ranks, weights * (1 - labels))
+        if not (ones.sum() and zeros.sum()):
+            return float("nan")
+        below = np.cumsum(zeros) - zeros / 2
+        return float(ones @ below / (ones.sum() * zeros.sum()))
 
     return area
+
+
+def with_interval(name: str, statistic: Statistic, clusters: Sequence[Any], *, intervals: bool) -> dict[str, float]:
+    """{name, name_low, name_high}, the latter two with `intervals`."""
+    figures = {name: statistic(np.ones(len(clusters)))}
+    if not intervals:
+        return figures
+    low, high = interval(statistic, clusters)
+    return figures | {f"{name}_low": low, f"{name}_high": high}

@@ -18,6 +18,8 @@ from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.rewards.ensemble import Ensemble
+from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.host import Texts
 from rlhf_jax.sampling import Sampler
 from rlhf_jax.types import Key, Params, Rollout
@@ -37,7 +39,7 @@ class Row:
     completion: str
     tokens: tuple[int, ...]  # of the completion, EOS included
     ended: bool
-    readings: dict[str, float]  # "kl" (Σ k1, nats), "score" (the reward's), and one a judge
+    readings: dict[str, float]  # "kl" (Σ k1, nats), "score" (the reward's; "uncertainty" its ensemble's), one a judge
 
     def to_json(self, when: str, step: int) -> dict[str, Any]:
         """As it stands in samples.jsonl."""
@@ -62,6 +64,7 @@ class PolicyEvaluation:
         key: Key,
         *,
         reward: Params | Scorer,
+        ensemble: Ensemble | None = None,
         judges: Mapping[str, Judge],
         temperature: float,
     ) -> None:
@@ -70,7 +73,7 @@ class PolicyEvaluation:
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
 
         def readings(params: Params, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
-            scores = {"score": models.score(spec, network, rollout.tokens, rollout.mask)} if network else {}
+            scores = read_reward(spec, network, ensemble, rollout.tokens, rollout.mask) if network else {}
             if reference is None:
                 return scores
             ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
@@ -19,14 +20,18 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     iterations,
+    policy,
     ppo,
+    preference,
     pretrain,
+    pretraining_mix,
     reward_model,
     sft,
     supervised,
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -41,7 +46,7 @@ from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
-from rlhf_jax.types import Params, PreferenceBatch, Rollout
+from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
 ENDS = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
@@ -99,7 +104,8 @@ def programs(experiment: Experiment, mesh: Mesh, *, spec: ModelSpec | None = Non
     spec = experiment.model.spec if spec is None else spec
     dtype = experiment.model.dtype if isinstance(experiment.model, FromPretrained) else "float32"
     model = Pretrained(spec, _as_loaded(spec, dtype), None)
-    context = Shapes(Path(), experiment.seed, mesh, model, experiment.data)
+    ensembles = reward_model.ensembles(experiment.stages)
+    context = Shapes(Path(), experiment.seed, mesh, model, experiment.data, ensembles=ensembles)
     found: list[Program] = []
     for name, config in experiment.stages.items():
         if type(config) not in BUILDERS:
@@ -133,29 +139,72 @@ def _supervised(config: supervised.SupervisedConfig, context: Context, name: str
 
 
 def _reward_model(config: reward_model.Config, context: Context, name: str) -> Iterator[Program]:
-    state, step = reward_model.start(config, context, name)
-    # How many completions a source's ranked rows have only they know: two are planned for.
+    # What only the rows know is guessed: two ranked completions, a rating's five levels, eight steps.
+    shares = np.full(5, 0.2) if config.loss == "ordinal_rating" else None
+    state, step = reward_model.start(config, context, name, shares)
     k = config.pairs.completions if isinstance(config.pairs, SampledPairs) else 2
-    b, p = config.batch_size, math.comb(k, 2)
-    rows, pairs = (b, k, config.length), (b, p)
-    mask, weights = _batch(context, rows, jnp.bool_), _batch(context, pairs, jnp.float32)
-    tokens, judged = _batch(context, rows, jnp.int32), _batch(context, (*pairs, 2), jnp.int32)
-    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights)
+    ensemble = config.ensemble
+    b = (config.batch_size, *((ensemble.members,) if ensemble is not None and ensemble.own_rows else ()))
+
+    def of(*shape: int, dtype: Any) -> Any:
+        return _batch(context, (*b, *shape), dtype)
+
+    if config.loss in reward_model.ORDERS:
+        tokens, mask = (of(k, config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        weights, judged = of(math.comb(k, 2), dtype=jnp.float32), of(math.comb(k, 2), 2, dtype=jnp.int32)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, of(k, dtype=jnp.float32))
+    else:
+        tokens, mask = (of(config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        places = 8 if config.loss == "process_bce" else 1
+        batch = JudgedBatch(tokens, mask, *(of(places, dtype=dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)))
     args = (state, batch, context.head_base)
-    yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(rows))
+    yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(tokens.shape))
+
+
+def _preference(config: preference.Config, context: Context, name: str) -> Iterator[Program]:
+    state, step = preference.start(config, context, name)
+    if config.of_thumbs is not None:
+        k = 2 if config.of_thumbs.loss == "kto" else 1
+    else:  # how many completions a source's ranked rows have only they know: two are planned for
+        k = config.pairs.completions if isinstance(config.pairs, SampledPairs) else 2
+    b, p = config.batch_size, math.comb(k, 2)
+    rows = (b, k, config.length)
+    tokens, mask = _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_)
+    ref_logps = _batch(context, (b, k), jnp.float32)
+    if config.of_thumbs is not None:
+        batch = ThumbBatch(tokens, mask, mask, _batch(context, (b,), jnp.bool_), ref_logps)
+    else:
+        weights, judged = _batch(context, (b, p), jnp.float32), _batch(context, (b, p, 2), jnp.int32)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, ref_logps)
+    args = (state, batch, context.base)
+    kept = _roles((context.base, state.reference), state.policy)
+    yield Program(name, "train", step, args, kept, config.steps, math.prod(rows))
 
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
-    spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
+    algorithm = ppo.Algorithm(config, context.spec, **ENDS)
+    state = ppo.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+
+
+def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = policy.Algorithm(config, context.spec, **ENDS)
+    state = policy.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
+def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
+    config = algorithm.config
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    algorithm = ppo.Algorithm(config, spec, **ENDS)
-    state = ppo.initial_state(algorithm, context, name)
-    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
+    if config.ptx is not None:
+        frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
-    kept = _roles(frozen, state.policy, state.critic)
+    kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
     for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
@@ -226,9 +275,11 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
     reward_model.Config: _reward_model,
+    preference.Config: _preference,
     ppo.Config: _ppo,
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
+    policy.Config: _policy,
     best_of_n.Config: _best_of_n,
     distill.Config: _distill,
 }

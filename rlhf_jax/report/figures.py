@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals.preferences import accuracy_interval, pearson
 from rlhf_jax.report import canvas
 from rlhf_jax.report.canvas import BY_STEP, GRID, INK, MUTED, PALETTE, WHEN
-from rlhf_jax.report.labels import label
+from rlhf_jax.report.labels import JUDGED, label
 from rlhf_jax.report.workdir import Stage, columns_of, number, read_run
 
 
@@ -85,20 +85,25 @@ def loss(stage: Stage) -> Panel | None:
     """Training loss and held-out loss by step."""
     pairs = bool({"heldout_log_loss", "accuracy"} & set(stage.metrics))
     heldout_name = "heldout_log_loss" if pairs else "heldout_loss"
-    return _train_and_heldout(
-        stage, "loss", "loss", heldout_name, "Loss", f"loss (nats per {'pair' if pairs else 'token'})"
-    )
+    each = _judged(stage) if pairs else "token"
+    return _train_and_heldout(stage, "loss", "loss", heldout_name, "Loss", f"loss (nats per {each})")
 
 
 def accuracy(stage: Stage) -> Panel | None:
-    """Accuracy on the pairs of the batch and on held-out ones by step."""
-    made = _train_and_heldout(
-        stage, "accuracy", "accuracy", "heldout_accuracy", "Accuracy on pairs", "accuracy (share of pairs)"
-    )
+    """Accuracy on what was judged in the batch and on what is held out by step."""
+    each = _judged(stage)
+    title, axis = f"Accuracy on {each}s", f"accuracy (share of {each}s)"
+    made = _train_and_heldout(stage, "accuracy", "accuracy", "heldout_accuracy", title, axis)
     if made is not None:
         ax = made.figure.axes[0]
         ax.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
     return made
+
+
+def _judged(stage: Stage) -> str:
+    """What a stage's loss is a mean over."""
+    name = stage.config.get("loss")
+    return JUDGED.get(name, "pair") if isinstance(name, str) else "pair"
 
 
 def _train_and_heldout(stage: Stage, key: str, train: str, heldout: str, title: str, y: str) -> Panel | None:

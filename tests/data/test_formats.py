@@ -68,6 +68,14 @@ def write(tmp_path):
         ({"chosen": "It is now.", "rejected": "It is not."}, Pair("It is", " now.", " not.")),
         ({"chosen": "Yes it is", "rejected": "Yes it"}, Pair("Yes", " it is", " it")),
         ({"chosen": "good", "rejected": "bad"}, Pair("", "good", "bad")),
+        # A raw transcript's ends where its last answer begins, though both begin with "I".
+        (
+            {"chosen": "\n\nHuman: Hi.\n\nAssistant: I see.", "rejected": "\n\nHuman: Hi.\n\nAssistant: I go."},
+            Pair("\n\nHuman: Hi.\n\nAssistant:", " I see.", " I go."),
+        ),
+        # A raw row of SHP.
+        ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 9}, Pair("h", "a", "b")),
+        ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 0}, Pair("h", "b", "a")),
         # Conversations.
         ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [RUDE]}, TALK),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, RUDE]}, TALK),

@@ -16,7 +16,7 @@ CONFIG = '''"""A run of seconds: a tiny model from nothing, on labelled texts of
 
 from pathlib import Path
 
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms import ppo, preference, reward_model, sft
 from rlhf_jax.algorithms.onpolicy import ValueHead
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.sources import Jsonl
@@ -39,6 +39,9 @@ def get_config():
         "ppo": ppo.Config(reward=PatternMatch("e"), critic=ValueHead(), steps=2, batch_size=16,
                           completion_tokens=8, checkpoint_every=1, evaluation_prompts=20, exact_kl_rows=8,
                           epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth),
+        "kto": preference.Config(pairs=pairs, losses=(preference.Term("kto"),), steps=4, batch_size=16, length=24,
+                                 num_microbatches=2, evaluate_every=2, checkpoint_every=2, evaluation_prompts=20,
+                                 optimizer=smooth),
     }
     data = Jsonl(Path(__file__).with_name("rows.jsonl"), heldout=0.4)
     return Experiment(model=Scratch(spec), data=data, stages={name: stages[name] for name in STAGES})

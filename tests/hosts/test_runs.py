@@ -88,6 +88,16 @@ def test_four_processes_equal_one_with_sampled_pairs_too(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_read_a_reference_and_learn_from_thumbs_as_one(tmp_path):
+    config = write_config(tmp_path, "sft", "kto")
+    whole, parts = Run(config, tmp_path / "whole", 1, 4), Run(config, tmp_path / "parts", 2, 2)
+    assert whole.wait() == [0], whole.said()
+    assert parts.wait() == [0, 0], parts.said()
+    check_equal(whole.workdir, parts.workdir)
+    assert (parts.workdir / "kto" / "reference.npz").is_file()
+
+
+@pytest.mark.slow
 def test_processes_that_die_or_hang_end_the_others_in_time_and_the_run_goes_on(tmp_path):
     """Each in turn, in one run, which ends with the parameters and metrics of an unbroken one."""
     config = write_config(tmp_path, "sft")

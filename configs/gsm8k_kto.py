@@ -1,0 +1,41 @@
+"""Thumbs up and down by KTO on the bundled LM: solutions of grade-school problems, marked right or wrong, or yours.
+
+    rlhf-jax run configs/gsm8k_kto.py --data.path thumbs.jsonl      (2 CPU cores, MINUTES)
+
+The file has a row a line with question, solution and is_correct (true or false), as the example solutions of GSM8K
+(Cobbe et al. 2021, github.com/openai/grade-school-math) have them; other names go by `--data.fields.prompt` and so on.
+FIGURES
+"""
+
+from rlhf_jax.algorithms import preference
+from rlhf_jax.algorithms.preference_losses import Term
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.sources import Jsonl
+from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.optim import Optimizer
+
+
+def get_config() -> Experiment:
+    """One stage, on the experiment's own rows."""
+    return Experiment(
+        model=Bundled(),
+        data=Jsonl(
+            "gsm8k_thumbs.jsonl",
+            heldout=0.2,
+            fields={"prompt": "question", "completion": "solution", "label": "is_correct"},
+        ),
+        seed=0,
+        stages={
+            "kto": preference.Config(
+                init="base",
+                pairs=None,
+                losses=(Term("kto", desirable_weight=1.6),),
+                length=128,
+                steps=100,
+                batch_size=16,
+                evaluate_every=50,
+                evaluation_prompts=32,
+                optimizer=Optimizer(learning_rate=1e-4, schedule="linear", warmup_steps=10),
+            ),
+        },
+    )
