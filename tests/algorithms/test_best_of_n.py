@@ -210,6 +210,6 @@ def fields_of(row, folder):
 
 def test_it_is_a_stage_that_makes_rows():
     assert run.STAGES[best_of_n.Config] is best_of_n.train and CONFIG.produces == "rows"
-    assert CONFIG.requires() == {"policy": ("sft", "policy"), "reward": ("reward_model", "reward")}
+    assert CONFIG.requires() == {"policy": ("sft", "policy"), "reward": ("reward_model", "scorer")}
     assert change(reward=PatternMatch("e")).requires() == {"policy": ("sft", "policy")}
     assert isinstance(made_rows.resolved(sft.Config(data=FromStage("best")), Path()).data, Jsonl)

@@ -1,10 +1,12 @@
 """RAFT and ReST as stages: who samples for whom, who learns what."""
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_jax.algorithms import best_of_n, reward_model, sft
 from rlhf_jax.algorithms.raft import raft, rest
-from rlhf_jax.config import Experiment, from_dict, to_dict, validate
+from rlhf_jax.config import Experiment, from_dict, load_config, to_dict, validate
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.data.sources import FromStage
 from rlhf_jax.errors import UserError
@@ -12,6 +14,7 @@ from rlhf_jax.inference import MODELS
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.run import STAGES
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SAMPLE, LEARN = best_of_n.Config(n=8, keep=1, batch_size=64), sft.Config(steps=5)
 
 
@@ -53,3 +56,11 @@ def test_a_policy_that_is_not_there_is_named():
     stages = raft(best_of_n.Config(policy="stf"), LEARN, rounds=1)
     with pytest.raises(UserError, match=r"stages.sample_1.policy: there is no stage 'stf'; did you mean 'sft'"):
         validate(experiment(stages), 1)
+
+
+@pytest.mark.parametrize("name", ["sentiment_best_of_n", "sentiment_raft"])
+def test_the_configs_are_whole_and_their_first_stages_the_quickstarts(name):
+    whole, quick = (load_config(CONFIGS / f"{one}.py") for one in (name, "quickstart"))
+    validate(whole, 1)
+    assert [whole.stages[stage] for stage in ("sft", "reward_model")] == list(quick.stages.values())[:2]
+    assert from_dict(to_dict(whole), [*MODELS, *STAGES]) == whole

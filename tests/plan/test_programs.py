@@ -11,7 +11,9 @@ import pytest
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
+    best_of_n,
     constitutional,
+    distill,
     iterations,
     onpolicy,
     policy,
@@ -219,3 +221,20 @@ def test_pretraining_is_known_and_another_stage_is_named():
     assert one.name == "train"
     with pytest.raises(UserError, match=r"stages\.toy: plan knows pretrain, sft, .*, not toys"):
         programs.programs(experiment(stages={"toy": ToyStage()}), mesh)
+
+
+def test_best_of_n_and_distillation_are_known():
+    mesh = sharding.make_mesh(MESHES[1])
+    sizes = {"batch_size": 64, "prompt_tokens": (2, 7), "completion_tokens": 20, "evaluation_prompts": 100}
+    stages = {
+        "best": best_of_n.Config(n=4, prompts=50, **sizes),
+        "distill": distill.Config(student="base", teacher="sft", steps=6, num_microbatches=2, **sizes),
+    }
+    found = programs.programs(experiment(ADAPTED, stages={**STAGES, **stages}), mesh)
+    plan = {f"{one.stage}.{one.name}": one for one in found if one.stage in stages}
+    assert {name: one.calls for name, one in plan.items()} == {
+        "best.decode": 4 + 7, "distill.train": 6, "distill.decode": 6 + 3 * 2,  # 200 and 400 completions by 64
+    }  # fmt: skip
+    with sharding.scope(mesh):
+        for one in plan.values():
+            one.function.lower(*one.args)

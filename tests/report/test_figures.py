@@ -119,3 +119,20 @@ def test_the_readme_figure_takes_runs_of_unequal_length_and_refuses_others(make_
     (workdirs[0] / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="seq_kl"):
         readme_figure(workdirs, tmp_path / "figure.png")
+
+
+def test_the_best_of_n_is_drawn_against_its_kl(tmp_path):
+    points = [
+        {"n": n, "kl": kl, "score": kl, "score_low": kl - 0.1, "score_high": kl + 0.2, "gold": 0.5, "gold_low": 0.4,
+         "gold_high": 0.6}
+        for n, kl in ((1, 0.0), (2, 0.19), (3, 0.43))
+    ]  # fmt: skip
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "evaluation.json").write_text(json.dumps({"best_of_n": points}))
+    (panel,) = figures.stage_panels(stage_of(tmp_path, "best"))
+    upper, lower = panel.figure.axes
+    for ax, name in ((upper, "score"), (lower, "gold")):
+        line = next(line.get_xydata() for line in ax.get_lines() if line.get_marker() == "o")
+        assert np.allclose(line, [[point["kl"], point[name]] for point in points])
+        assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]
+    assert "gold from 0.500 to 0.500" in panel.caption and "nats" in lower.get_xlabel()
