@@ -1,6 +1,6 @@
 """Sentiment RLHF on movie reviews with the bundled LM: SFT → reward model → PPO.
 
-    rlhf-jax run configs/quickstart.py      (2 CPU cores, 5 minutes; expected: gold 0.49 -> 0.84 at 4 nats of KL)
+    rlhf-jax run configs/quickstart.py      (2 CPU cores, 5 minutes; expected: gold 0.51 -> 0.86 at 4 nats of KL)
 
 The controlled sentiment of Rafailov et al. 2023: complete the first 2 to 8 tokens of a review so that a classifier
 fitted on labelled reviews, which training sees through comparisons alone, calls it positive.
@@ -29,8 +29,10 @@ def get_config() -> Experiment:
             ),
             "reward_model": reward_model.Config(
                 init="sft",
-                pairs=reward_model.SampledPairs(policy="sft", prompts=1_800, completions=4, snippets=3_000),
-                steps=560,
+                pairs=reward_model.SampledPairs(
+                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
+                ),
+                steps=700,
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),

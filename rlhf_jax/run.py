@@ -24,7 +24,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
-from rlhf_jax.algorithms import made_rows, ppo, preference, pretrain, reward_model, sft
+from rlhf_jax.algorithms import ai_feedback, constitutional, made_rows, ppo, preference, pretrain, reward_model, sft
 from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
@@ -43,6 +43,8 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     reward_model.Config: reward_model.train,
     preference.Config: preference.train,
     ppo.Config: ppo.train,
+    constitutional.Config: constitutional.train,
+    ai_feedback.Config: ai_feedback.train,
 }
 """What trains each kind of stage."""
 

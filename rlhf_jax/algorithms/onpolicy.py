@@ -3,24 +3,19 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.prompting import Prompting, load_prompts, prompt_batches
-from rlhf_jax.data import formats
+from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.data.encoding import Selected
-from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.prompt_rows import PromptRow
-from rlhf_jax.data.reading import read
-from rlhf_jax.data.sources import Data, Source
-from rlhf_jax.data.texts import check_texts
+from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import Judge, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
@@ -91,12 +86,7 @@ class OnPolicyConfig(Prompting):
         """The rows, or the labelled texts that openings are cut from, and what a reward reads of them; its file."""
         if not isinstance(self.reward, str):
             self.reward.check_inputs()
-        rows: list[Prompt] = []
-        if self.data is None:
-            check_field("data=None", lambda: check_texts(data, labelled=True))
-            rows.append(Prompt("", (), {}))
-        else:
-            check_field("data", partial(_read_into, rows, self.data))
+        rows = check_prompts(self, data, labelled=True)
         if isinstance(self.reward, str):
             return
         for row in rows:
@@ -108,11 +98,6 @@ class OnPolicyConfig(Prompting):
     def lengths(self) -> dict[str, int]:
         """BOS, prompt and completion."""
         return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
-
-
-def _read_into(rows: list[Prompt], source: Source) -> None:
-    for part in read(source, formats.prompt):
-        rows += [*part.train, *part.heldout]
 
 
 def critic_params(context: Context, critic: str | ValueHead) -> Params:

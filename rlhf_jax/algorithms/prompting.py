@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_jax.algorithms.context import Context, check_positive, check_prompt_tokens
+from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens
+from rlhf_jax.data import formats
 from rlhf_jax.data.encoding import Selected
+from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.prompt_rows import PromptRow, Prompts, TooLong, select_prompts
 from rlhf_jax.data.prompts import review_prompts
+from rlhf_jax.data.reading import read
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.sources import Source
+from rlhf_jax.data.sources import Data, Source
+from rlhf_jax.data.texts import check_texts
+from rlhf_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,17 @@ class Prompting:
     def prompt_length(self) -> int:
         """Columns of a prompt: BOS and the most tokens."""
         return 1 + self.prompt_tokens[1]
+
+
+def check_prompts(config: Prompting, data: Data, *, labelled: bool) -> list[Prompt]:
+    """All rows of prompts, or one empty one for openings of texts; UserError for what is wrong with them."""
+    if config.data is None:
+        check_field("data=None", lambda: check_texts(data, labelled=labelled))
+        return [Prompt("", (), {})]
+    try:
+        return [row for part in read(config.data, formats.prompt) for row in (*part.train, *part.heldout)]
+    except UserError as error:
+        raise UserError(f"data: {error}") from None
 
 
 def load_prompts(config: Prompting, context: Context, name: str) -> Selected[PromptRow]:

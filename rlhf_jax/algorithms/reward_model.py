@@ -20,7 +20,7 @@ from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
 from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named, own_source
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.preference_batches import preference_batches
-from rlhf_jax.data.sources import TFDS, Data, HuggingFace, Jsonl, Mixture, Source
+from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import NonFiniteError
 from rlhf_jax.evals.reward import ScoreRows, evaluate_groups, review_accuracy, write_evaluation
@@ -38,7 +38,7 @@ class Config:
 
     init: str = "sft"
     """The stage whose trunk it starts from, or "base"; the head is new, N(0, 1/√(d+1))."""
-    pairs: SampledPairs | Jsonl | TFDS | HuggingFace | Mixture | None = field(default_factory=SampledPairs)
+    pairs: SampledPairs | Source | None = field(default_factory=SampledPairs)
     """The comparisons: sampled and judged, rows of a source of its own, or, if None, the rows of the experiment's. Rows
     have chosen and rejected, or completions with ranks or scores."""
     steps: int = 200

@@ -28,6 +28,8 @@ class PromptRow:
     """Its ids, BOS first."""
     text: str
     metadata: Mapping[str, Any]
+    messages: Sequence[Mapping[str, Any]] = ()
+    """Of a conversation, as the row has them, before anything was cut."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Asked:
             tokens = [tokens[0], *tokens[len(tokens) - length + 1 :]]
         if len(tokens) > length:
             return None
-        return replace(self, row=PromptRow(array("i", tokens), self.tokenizer.decode(tokens), self.row.metadata))
+        return replace(self, row=replace(self.row, tokens=array("i", tokens), text=self.tokenizer.decode(tokens)))
 
 
 def select_prompts(
@@ -74,7 +76,7 @@ def select_prompts(
         messages = row.messages or ({"role": "user", "content": row.prompt},) * as_chat
         encoding = _text(row.prompt, tokenizer) if chat is None or not messages else _conversation(messages, chat)
         tokens = array("i", encoding.tokens(encoding.body))
-        return Asked(PromptRow(tokens, row.prompt, row.metadata), encoding, tokenizer, too_long)
+        return Asked(PromptRow(tokens, row.prompt, row.metadata, messages), encoding, tokenizer, too_long)
 
     selected = select(source, read(source, formats.prompt), encode, length=length)
     return Selected(

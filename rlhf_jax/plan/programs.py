@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import iterations, ppo, preference, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    constitutional,
+    iterations,
+    ppo,
+    preference,
+    pretrain,
+    reward_model,
+    sft,
+    supervised,
+)
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.config import Experiment
@@ -25,6 +35,9 @@ from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.models import ModelSpec, lora, quantized
 from rlhf_jax.models.spec import DType
 from rlhf_jax.placement import Colocated
+from rlhf_jax.rewards.judging import LocalJudge
+from rlhf_jax.rewards.local_judge import judging_program
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
 from rlhf_jax.types import Params, PreferenceBatch, Rollout, ThumbBatch
@@ -40,7 +53,7 @@ class Program:
     stage: str
     """The stage's name."""
     name: str
-    """train, iteration, sample, learn or decode."""
+    """train, iteration, sample, learn, decode, judge, answer or critique."""
     function: Any
     """Jitted."""
     args: tuple[Any, ...]
@@ -170,13 +183,43 @@ def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
             decode_steps=n if decodes else 0,
             cache=cache if decodes else 0,
         )
-    decode = sampling_program(spec, max_new_tokens=n, sampling=config.evaluation_sampling or config.sampling, **ENDS)
-    policy = frozen.policy(state.policy.params)
     calls = 2 * math.ceil(config.evaluation_prompts / b)  # before and after
-    args = (policy, prompts.tokens, prompts.mask, jax.random.key(0))
-    yield Program(
-        *(name, "decode", decode, args, {"parameters": policy}, calls, b * (p + n)), decode_steps=n, cache=cache
-    )
+    policy, sampling = frozen.policy(state.policy.params), config.evaluation_sampling or config.sampling
+    yield _decode(context, name, "decode", policy, (b, p, n), sampling, calls)
+
+
+def _decode(
+    context: Context, stage: str, name: str, policy: Params, sizes: tuple[int, int, int], sampling: Sampling, calls: int
+) -> Program:
+    """Sampling b completions of n tokens for prompts of p."""
+    b, p, n = sizes
+    function = sampling_program(context.spec, max_new_tokens=n, sampling=sampling, **ENDS)
+    prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
+    args, cache = (policy, *prompts, jax.random.key(0)), _cache_bytes(context, b, p + n)
+    roles = {"parameters": policy}
+    return Program(stage, name, function, args, roles, calls, b * (p + n), decode_steps=n, cache=cache)
+
+
+def _ai_feedback(config: ai_feedback.Config, context: Context, name: str) -> Iterator[Program]:
+    b, judge = config.batch_size, config.judge
+    sizes = (b, config.prompt_length, config.completion_tokens)
+    calls = math.ceil(config.prompts / (b // 2))
+    yield _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
+    if isinstance(judge, LocalJudge):
+        rows, params = (judge.batch_size, judge.length), context.policy(judge.model)
+        args = (params, _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_))
+        calls *= math.ceil(b / judge.batch_size)
+        yield Program(
+            name, "judge", judging_program(context.spec, 0, 1), args, {"parameters": params}, calls, math.prod(rows)
+        )
+
+
+def _constitutional(config: constitutional.Config, context: Context, name: str) -> Iterator[Program]:
+    params, batches = context.policy(config.policy), math.ceil(config.prompts / config.batch_size)
+    counts = {"answer": (config.answer_tokens, 1 + config.rounds), "critique": (config.critique_tokens, config.rounds)}
+    for what, (tokens, times) in counts.items():
+        sizes = (config.batch_size, config.length, tokens)
+        yield _decode(context, name, what, params, sizes, config.sampling, batches * times)
 
 
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
@@ -185,6 +228,8 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     reward_model.Config: _reward_model,
     preference.Config: _preference,
     ppo.Config: _ppo,
+    ai_feedback.Config: _ai_feedback,
+    constitutional.Config: _constitutional,
 }
 """What makes the programs of each kind of stage."""
 

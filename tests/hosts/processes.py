@@ -24,7 +24,6 @@ from rlhf_jax.interop.pretrained import Scratch
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.verifiers import PatternMatch
-from rlhf_jax.sampling import Sampling
 
 
 def get_config():
@@ -39,8 +38,7 @@ def get_config():
                                             checkpoint_every=2, optimizer=smooth),
         "ppo": ppo.Config(reward=PatternMatch("e"), critic=ValueHead(), steps=2, batch_size=16,
                           completion_tokens=8, checkpoint_every=1, evaluation_prompts=20, exact_kl_rows=8,
-                          epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth,
-                          sampling=Sampling(top_k=32)),  # of all tokens a draw may be within rounding of two
+                          epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth),
         "kto": preference.Config(pairs=pairs, losses=(preference.Term("kto"),), steps=4, batch_size=16, length=24,
                                  num_microbatches=2, evaluate_every=2, checkpoint_every=2, evaluation_prompts=20,
                                  optimizer=smooth),

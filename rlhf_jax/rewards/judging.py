@@ -1,0 +1,121 @@
+"""Which of two completions is better, by a model's "A" or "B": the question, and what its answer says.
+
+Each pair is asked for in both orders and the two are averaged, as models favour a place (Lee et al. 2023, RLAIF, §3.1).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlhf_jax.numerics import require
+from rlhf_jax.rewards.endpoint import Answer, Endpoint, Question
+
+TEMPLATE = """{principle}
+
+Prompt: {prompt}
+
+Option A: {first}
+
+Option B: {second}
+
+Which option is better? Answer with A or B alone."""
+"""The question to a model that follows instructions."""
+
+LETTERS = ("A", "B")
+_LETTER = re.compile(r"[\W_]*(?:option\s+)?([AB])(?:\W*$|[).:*\"])", re.IGNORECASE)  # not the article: "A good one"
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """A model of the run: the log-probs of "A" and "B" as its next token."""
+
+    model: str = "base"
+    """The stage that made it, or "base"."""
+    template: str = TEMPLATE
+    """The question, with {principle}, {prompt}, {first} and {second}; by the chat template where there is one."""
+    length: int = 512
+    """Most tokens of a question; a longer one is an error."""
+    batch_size: int = 16
+    """Questions read at once."""
+
+    def __post_init__(self) -> None:
+        check_template(self.template)
+        require("judge.length", self.length, "[2, inf)")
+        require("judge.batch_size", self.batch_size, "[1, inf)")
+
+
+@dataclass(frozen=True)
+class EndpointJudge:
+    """A model behind an OpenAI-compatible endpoint: its first token's log-probs, or, without, the letter it says."""
+
+    endpoint: Endpoint
+    """Where it is."""
+    template: str = TEMPLATE
+    """The question, with {principle}, {prompt}, {first} and {second}."""
+    top_logprobs: int = 20
+    """How many likely first tokens are asked for; 0 for an endpoint that gives none."""
+
+    def __post_init__(self) -> None:
+        check_template(self.template)
+        require("judge.top_logprobs", self.top_logprobs, "[0, inf)")
+
+    def question(self, text: str) -> Question:
+        """A question as the endpoint is asked it."""
+        return Question(text, top_logprobs=self.top_logprobs)
+
+
+Judge = LocalJudge | EndpointJudge
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge made of a pair in both orders."""
+
+    as_a: float
+    """P(A) where the first completion stood as A; 0.5 where the answer was neither letter."""
+    as_b: float
+    """P(B) where it stood as B."""
+
+    @property
+    def probability(self) -> float:
+        """That the first is better."""
+        return (self.as_a + self.as_b) / 2
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether the judge prefers a place to a completion."""
+        return (self.as_a - 0.5) * (self.as_b - 0.5) < 0
+
+
+def check_template(template: str) -> None:
+    """Raise ValueError unless a template can be filled."""
+    try:
+        ask(template, principle="<p>", prompt="<q>", first="<a>", second="<b>")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"judge.template: {error} cannot be filled; it may have {{principle}}, {{prompt}}, {{first}} and {{second}}"
+        ) from None
+    for name in ("first", "second"):
+        if f"{{{name}}}" not in template:
+            raise ValueError(f"judge.template has no {{{name}}}")
+
+
+def ask(template: str, *, principle: str, prompt: str, first: str, second: str) -> str:
+    """The question."""
+    return template.format(principle=principle, prompt=prompt, first=first, second=second)
+
+
+def letter_probability(logprobs: Mapping[str, float]) -> float | None:
+    """P(A) of A and B by their log-probs; None where neither is there. One that is not there weighs nothing."""
+    weights = [sum(math.exp(logprob) for token, logprob in logprobs.items() if token.strip() == x) for x in LETTERS]
+    return weights[0] / sum(weights) if sum(weights) else None
+
+
+def read_answer(answer: Answer) -> float | None:
+    """P(A) by an endpoint's answer; None where it says neither letter."""
+    probability = letter_probability(answer.logprobs)
+    if probability is not None:
+        return probability
+    said = _LETTER.match(answer.text)
+    return None if said is None else {"A": 1.0, "B": 0.0}[said[1].upper()]
