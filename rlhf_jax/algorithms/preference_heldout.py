@@ -32,7 +32,7 @@ class HeldOut:
         return self._read(intervals=False)
 
     def summary(self) -> dict[str, float]:
-        """With 95% intervals over prompts, and what a constant, and the lengths alone (longer or shorter), rank right."""
+        """With 95% intervals over prompts, and what a constant and the lengths alone, longer or shorter, rank right."""
         name, statistic = self.by_length
         longer = statistic(np.ones(len(self.prompts)))
         baselines = {"baseline": 0.5, "by_length": max(longer, 1 - longer)} if name in self.figures else {}
