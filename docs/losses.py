@@ -24,7 +24,7 @@ from tests.oracles.table import IDENTITIES, ORACLES, public  # noqa: E402
 PAGE = ROOT / "docs" / "losses.md"
 SECTIONS = (  # in the order of the page
     *("losses.supervised", "losses.reward", "losses.preference", "losses.unpaired"),
-    *("losses.policy", "losses.value", "losses.offline", "losses.regularizers"),
+    *("losses.policy", "losses.value", "losses.offline", "losses.distillation", "losses.regularizers"),
     *("kl", "advantages", "importance", "normalizer", "logprobs", "masking"),
 )
 HEAD = """# Losses, one by one
@@ -44,7 +44,7 @@ TOKEN, COMPLETION, PROMPT = "one a token", "one a completion", "one a prompt"
 TAKES = {  # what one number of an argument stands for; None: the name says it, or the docstring
     **dict.fromkeys(("logps", "old_logps", "ref_logps", "sampler_logps", "entropy", "kl", "tokens", "actions"), TOKEN),
     **dict.fromkeys(("values", "old_values", "returns", "rewards", "advantages", "targets", "weights", "mask"), TOKEN),
-    **dict.fromkeys(("hidden", "ref_hidden", "logits", "ref_logits"), "one row a token"),
+    **dict.fromkeys(("hidden", "ref_hidden", "logits", "ref_logits", "teacher_logits"), "one row a token"),
     **dict.fromkeys(("q_values", "target_q_values"), "one row a token"),
     **dict.fromkeys(("chosen_logratio", "rejected_logratio", "logratios", "mismatched_logratios"), SUM),
     **dict.fromkeys(("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"), SUM),
@@ -66,7 +66,9 @@ TAKES_HERE = {
     ("normalizer.update", "mask"): COMPLETION,
 }
 GIVES = {
-    **dict.fromkeys(("losses.supervised", "losses.policy", "losses.value", "losses.offline"), TOKEN),
+    **dict.fromkeys(
+        ("losses.supervised", "losses.policy", "losses.value", "losses.offline", "losses.distillation"), TOKEN
+    ),
     **dict.fromkeys(("kl", "logprobs", "importance"), TOKEN),
     **dict.fromkeys(("losses.preference", "losses.reward.bradley_terry", "losses.reward.centering"), "one a pair"),
     **dict.fromkeys(("losses.policy.p3o",), "one a pair"),

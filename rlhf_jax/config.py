@@ -20,7 +20,7 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.context import Kind, StageConfig, check_field
+from rlhf_jax.algorithms.context import MAKERS, Role, StageConfig, check_field
 from rlhf_jax.algorithms.made_rows import named_stages
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data
@@ -32,7 +32,6 @@ from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
 _STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_ARTICLE: Mapping[Kind, str] = {"policy": "a policy", "reward": "a reward", "rows": "rows"}
 _RESERVED = ("base", "tensorboard", "seconds", "peak_memory_bytes", "params_digest")
 
 # What a slip in a config file raises; anything else is no slip and keeps its traceback.
@@ -78,16 +77,14 @@ def validate(experiment: Experiment, devices: int) -> None:
     sizes, parts = experiment.mesh.resolve(devices), experiment.mesh.pipeline_microbatches
     max_len = experiment.model.spec.max_len
     for index, (name, stage) in enumerate(experiment.stages.items()):
-        readings: dict[str, tuple[str, Kind]] = {where: (one, "rows") for where, one in named_stages(stage).items()}
-        for where, (required, kind) in (stage.requires() | readings).items():
+        readings: dict[str, tuple[str, Role]] = {where: (one, "rows") for where, one in named_stages(stage).items()}
+        for where, (required, role) in (stage.requires() | readings).items():
             if required not in names[:index]:
                 raise UserError(f"stages.{name}.{where}: {_no_such_stage(required, name, names)}")
             made = experiment.stages[required].produces
-            if made != kind:
-                raise UserError(
-                    f"stages.{name}.{where}: needs a stage that makes {_ARTICLE[kind]}; "
-                    f"{required!r} makes {_ARTICLE[made]}"
-                )
+            if made not in MAKERS[role]:
+                fit = " or ".join(map(_a, MAKERS[role]))
+                raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes {_a(made)}")
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(
@@ -98,6 +95,11 @@ def validate(experiment: Experiment, devices: int) -> None:
         for where, rows in stage.batch_sizes().items():
             for whose, grid in grids.items():
                 check_field(f"stages.{name}.{where}", partial(check_rows, rows, *grid, whose=whose))
+
+
+def _a(kind: str) -> str:
+    """With its article."""
+    return kind if kind == "rows" else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _sub_meshes(name: str, stage: StageConfig, devices: int) -> dict[str, tuple[dict[str, int], int | None]]:

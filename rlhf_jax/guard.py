@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -102,10 +103,18 @@ def together(*metrics: Metrics) -> Metrics:
     return {"skipped": jnp.stack([one["skipped"] for one in guards]).sum(), **worst}
 
 
+def of_members(metrics: Metrics) -> Metrics:
+    """Metrics [n] of a step of n networks as those of one: means, and the counters as `together` has them."""
+    means = {name: x.mean() for name, x in metrics.items()}
+    counters = {name: metrics[name] for name in ("skipped", "skipped_in_row", "given_up") if name in metrics}
+    worst = {name: x.sum() if name == "skipped" else x.max() for name, x in counters.items()}
+    return means | worst
+
+
 def figures(state: Any) -> dict[str, int]:
     """The summary's count of updates that were left out, of all guards in a state; empty where there is none."""
     found = _guards(state)
-    return {"skipped": sum(int(one.skipped) for one in found)} if found else {}
+    return {"skipped": sum(int(np.sum(one.skipped)) for one in found)} if found else {}
 
 
 def _guards(tree: Any) -> list[Guarded]:

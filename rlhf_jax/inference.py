@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms.context import BASE, Context, Kind, StageConfig
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms.context import BASE, MAKERS, Context, Role, StageConfig
 from rlhf_jax.config import Experiment, from_dict
 from rlhf_jax.data.encoding import encode_group, encode_pair
 from rlhf_jax.data.formats import Pair, Scored
@@ -44,17 +45,17 @@ class Run:
     base: str | None = None
     """By what transformers loads the model that the run started from; None where it cannot."""
 
-    def pick(self, stage: str | None, kind: Kind) -> str:
-        """The stage asked for, or the last of its kind; raises UserError where there is none."""
-        names = [name for name, config in self.stages.items() if config.produces == kind]
-        known = [BASE, *names] if kind == "policy" else names
+    def pick(self, stage: str | None, role: Role) -> str:
+        """The stage asked for, or the last that serves in a role; raises UserError where there is none."""
+        names = [name for name, config in self.stages.items() if config.produces in MAKERS[role]]
+        known = [BASE, *names] if role == "policy" else names
         if stage is None and known:
             return known[-1]
         if stage in known:
             return stage
         there = f"there are: {', '.join(known)}" if known else "there is none"
         asked = f"--stage {stage}: no finished stage of that name" if stage else "no finished stage"
-        raise UserError(f"{self.context.workdir}: {asked} made a {kind}; {there}")
+        raise UserError(f"{self.context.workdir}: {asked} made a {MAKERS[role][0]}; {there}")
 
 
 def open_run(workdir: Path) -> Run:
@@ -130,7 +131,7 @@ def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
     n counts pairs: the file's, or, where it has texts with scores, all pairs of texts with different scores. `cut`
     counts the rows of the file that were longer than those that the model was trained on, and were cut to that.
     """
-    name = run.pick(stage, "reward")
+    name = run.pick(stage, "scorer")
     judged = read_judged(Jsonl(path))
     context, length = run.context, max(run.stages[name].lengths().values())
     rows: list[list[int]] = []
@@ -140,7 +141,8 @@ def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
         whole = encode(one) if isinstance(one, Pair) else _text_group(context.tokenizer, one)
         rows += whole.cut(length).rows()
         cut += whole.longest > length
-    network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=context.tokenizer.pad_id)
+    ensemble, pad_id = context.ensembles.get(name), context.tokenizer.pad_id
+    network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=pad_id, ensemble=ensemble)
     scores = network(context.network(name), rows)
     targets = [one.score for one in judged if isinstance(one, Scored)]
     return {**_agreement(scores, targets, path), "cut": cut, "stage": name}
@@ -194,4 +196,5 @@ def _text_group(tokenizer: Tokenizer, row: Scored) -> PreferenceGroup:
 def _context(experiment: Experiment, workdir: Path) -> Context:
     """A stage's surroundings on one device."""
     model = experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed)
-    return Context(workdir, experiment.seed, sharding.single_device_mesh(), model, experiment.data)
+    made = reward_model.ensembles(experiment.stages)
+    return Context(workdir, experiment.seed, sharding.single_device_mesh(), model, experiment.data, ensembles=made)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -43,6 +44,9 @@ class Optimizer:
     """Decay of Adam's second moment."""
     eps: float = 1e-8
     """Added to the root of Adam's second moment."""
+    eps_form: Literal["torch", "tensorflow"] = "torch"
+    """Which root eps is added to: that of the corrected second moment, or, as TensorFlow's Adam and so Ziegler et al.
+    2019 had it, of the uncorrected one, which makes early steps smaller (Huang et al. 2024)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, times the learning rate."""
     clip_norm: float = 1.0
@@ -72,6 +76,8 @@ class Optimizer:
             ("most_skipped", "[1, inf)"),
         ):  # fmt: skip
             require(f"optimizer.{name}", vars(self)[name], interval)
+        if self.kind == "muon" and self.eps_form == "tensorflow":
+            raise ValueError("optimizer.eps_form='tensorflow' is Adam's: kind must be 'adamw', not 'muon'")
 
     def share(self, total_steps: int) -> optax.Schedule:
         """The schedule, as a share of the peak."""
@@ -101,6 +107,12 @@ class Optimizer:
                     adam_learning_rate=learning_rate * self.adam_share,
                     muon_weight_dimension_numbers=_matrix_axes,
                 )
+            elif self.eps_form == "tensorflow":
+                core = optax.chain(
+                    _tensorflow_adam(self.b1, self.b2, self.eps),
+                    optax.add_decayed_weights(self.weight_decay),
+                    optax.scale_by_learning_rate(learning_rate),
+                )
             else:
                 core = optax.adamw(learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay)
             clip, share = optax.clip_by_global_norm(self.clip_norm), optax.scale_by_schedule(self.share(total_steps))
@@ -111,6 +123,19 @@ class Optimizer:
             return optax.chain(core, share)  # the schedule counts every step
 
         return optax.inject_hyperparams(build)(learning_rate=self.learning_rate)
+
+
+def _tensorflow_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """M / (√v + eps) · √(1 − b2ᵗ) / (1 − b1ᵗ): Adam's text before section 2.1's last lines (Kingma & Ba 2015)."""
+    adam = optax.scale_by_adam(b1, b2)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = adam.update(updates, state, params)
+        t = state.count.astype(jnp.float32)
+        share = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        return jax.tree.map(lambda m, v: share * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _matrix_axes(params: Any) -> Any:

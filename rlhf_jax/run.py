@@ -24,7 +24,19 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
-from rlhf_jax.algorithms import ai_feedback, constitutional, made_rows, ppo, preference, pretrain, reward_model, sft
+from rlhf_jax.algorithms import (
+    ai_feedback,
+    best_of_n,
+    constitutional,
+    distill,
+    made_rows,
+    policy,
+    ppo,
+    preference,
+    pretrain,
+    reward_model,
+    sft,
+)
 from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
@@ -45,6 +57,9 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     ppo.Config: ppo.train,
     constitutional.Config: constitutional.train,
     ai_feedback.Config: ai_feedback.train,
+    policy.Config: policy.train,
+    best_of_n.Config: best_of_n.train,
+    distill.Config: distill.train,
 }
 """What trains each kind of stage."""
 
@@ -201,6 +216,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             model=experiment.model.load(data=experiment.data, workdir=workdir, seed=experiment.seed, mesh=mesh),
             data=experiment.data,
             wandb=experiment.wandb,
+            ensembles=reward_model.ensembles(experiment.stages),
         )
         for name, stage in experiment.stages.items():
             _run_stage(name, stage, context)
@@ -240,7 +256,7 @@ def _run_stage(name: str, stage: Any, context: Context) -> None:
 def _digest(name: str, stage: StageConfig, context: Context) -> str:
     if stage.produces == "rows":
         return made_rows.digest(context.stage_dir(name) / made_rows.FOLDER)
-    return params_digest((context.head_params if stage.produces == "reward" else context.policy_params)(name))
+    return params_digest((context.policy_params if stage.produces == "policy" else context.head_params)(name))
 
 
 def _figure(value: float) -> str:

@@ -180,6 +180,15 @@ def unbox(tree: Any) -> Any:
     return nn.meta.unbox(tree)
 
 
+def with_axis(boxed: Any) -> Any:
+    """The boxes of a tree whose arrays have got one more axis in front, as under `jax.vmap`: no mesh axis splits it."""
+
+    def one(leaf: Any) -> Any:
+        return leaf.replace(names=(None, *leaf.names)) if isinstance(leaf, nn.LogicallyPartitioned) else leaf
+
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """NamedShardings, without boxes, for a tree of (abstract) arrays, boxed with logical names where they have any.
 

@@ -86,6 +86,19 @@ def _rounded(wide: Params, like: Params, key: Key) -> Params:
     )
 
 
+def of_members(step: Step) -> Step:
+    """A step of several states as one (`sharded_states`), on batches whose second axis is theirs; the base is shared.
+
+    The metrics are their means, as `guard.of_members` has them.
+    """
+
+    def members_step(state: TrainState, batch: Batch, base: Params = _NO_BASE) -> tuple[TrainState, Metrics]:
+        state, metrics = jax.vmap(step, in_axes=(0, 1, None))(state, batch, base)
+        return state, guard.of_members(metrics)
+
+    return members_step
+
+
 def compiled(step: Callable[..., tuple], state: Any, *, others: int = 1) -> Callable[..., tuple]:
     """Jit of (state, …) -> (state, and `others` more), the state donated and given back in the layout that it came in.
 
@@ -156,6 +169,34 @@ def sharded_state(
     def make(source: Any, key: Key) -> TrainState:
         return create_state(_as_master(boxed_params(source), master), optimizer, hyper, key)
 
+    return _in_shards(mesh, make, source, key)
+
+
+def sharded_states(
+    mesh: Mesh,
+    boxed_params: Callable[[Any, Key], Params],
+    source: Any,
+    optimizer: optax.GradientTransformation,
+    hyper: dict[str, float],
+    keys: Key,
+    *,
+    master: DType = "float32",
+) -> TrainState:
+    """As many such states as there are keys, as one: every array has their axis in front, which no mesh axis splits.
+
+    `boxed_params(source, key)` makes each one's parameters; its key is the state's too.
+    """
+
+    def make(source: Any, keys: Key) -> TrainState:
+        def one(key: Key) -> TrainState:
+            return create_state(_as_master(boxed_params(source, key), master), optimizer, hyper, key)
+
+        return sharding.with_axis(jax.vmap(one)(keys))
+
+    return _in_shards(mesh, make, source, keys)
+
+
+def _in_shards(mesh: Mesh, make: Callable[[Any, Key], TrainState], source: Any, key: Key) -> TrainState:
     boxed = jax.eval_shape(make, source, key)
     layout = sharding.shardings(mesh, boxed)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(source)):

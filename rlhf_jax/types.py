@@ -88,7 +88,8 @@ class Rollout(flax.struct.PyTreeNode):
     rewards: Float[Array, "b t"] = flax.struct.field(default=None)  # after the KL penalty
     advantages: Float[Array, "b t"] = flax.struct.field(default=None)
     returns: Float[Array, "b t"] = flax.struct.field(default=None)
-    group_ids: Int[Array, " b"] = flax.struct.field(default=None)
+    group_ids: Int[Array, " b"] = flax.struct.field(default=None)  # completions of one prompt have the same
+    used: Bool[Array, " b"] = flax.struct.field(default=None)  # whether it is learnt from; None: all are
     written_at: Int[Array, " b"] = flax.struct.field(
         default=None
     )  # optimiser steps that the behaviour policy had taken
@@ -121,3 +122,14 @@ class ThumbBatch:
     completion_mask: Bool[ArrayLike, "b k t"]
     desirable: Bool[ArrayLike, " b"]
     ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+
+
+@flax.struct.dataclass
+class JudgedBatch:
+    """Completions after their prompts, and targets for the scores that are read at some of their tokens."""
+
+    tokens: Int[ArrayLike, "b t"]
+    mask: Bool[ArrayLike, "b t"]
+    ends: Int[ArrayLike, "b s"]  # the tokens at which scores are read
+    targets: Float[ArrayLike, "b s"]
+    where: Bool[ArrayLike, "b s"]  # False where a row has fewer

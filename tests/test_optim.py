@@ -85,6 +85,21 @@ def test_adamw_is_optax_adamw_after_clipping_times_the_schedule():
     )
 
 
+def test_tensorflows_adam_is_its_formula():
+    params, gradients = random_like(SHAPES), [random_like(SHAPES) for _ in range(3)]
+    made = Optimizer(learning_rate=0.01, b1=0.8, b2=0.9, eps=0.5, eps_form="tensorflow", clip_norm=1e9)
+    first, second, wanted = *(jax.tree.map(np.zeros_like, params) for _ in range(2)), params
+    for t, gradient in enumerate(gradients, start=1):
+        first = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, gradient)
+        second = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g**2, second, gradient)
+        rate = 0.01 * np.sqrt(1 - 0.9**t) / (1 - 0.8**t)
+        wanted = jax.tree.map(lambda p, m, v, rate=rate: p - rate * m / (np.sqrt(v) + 0.5), wanted, first, second)
+    for a, b in zip(*map(jax.tree.leaves, (run(made.make(3), params, gradients), wanted)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    with pytest.raises(ValueError, match=r"optimizer.eps_form='tensorflow' is Adam's"):
+        Optimizer(kind="muon", eps_form="tensorflow")
+
+
 def test_a_small_gradient_is_not_clipped():
     params, gradient = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 0.01)}
     loose, tight = (Optimizer(eps=1.0, clip_norm=norm).make(1) for norm in (1e6, 1.0))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.algorithms.context import Context, Kind, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, named
 from rlhf_jax.checkpoint import load_params, save_params
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews
@@ -69,7 +69,7 @@ class ToyStage:
     def produces(self) -> Kind:
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         return named("policy", init=self.init)
 
     def check_inputs(self, data: Data) -> None:

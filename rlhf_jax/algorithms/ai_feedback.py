@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_jax import hosts
 from rlhf_jax.algorithms import made_rows
 from rlhf_jax.algorithms.constitution import read_constitution
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive, named
 from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data
@@ -73,7 +73,7 @@ class Config(Prompting):
         """Pairs."""
         return "rows"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """The policy, and a judge of the run."""
         judge = {"judge.model": self.judge.model} if isinstance(self.judge, LocalJudge) else {}
         return named("policy", policy=self.policy, **judge)

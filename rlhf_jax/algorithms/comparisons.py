@@ -1,8 +1,11 @@
 """Comparisons for reward models: sampled from a policy and judged by the gold classifier, or a source's rows."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -10,7 +13,9 @@ from rlhf_jax import hosts
 from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens, own_source
 from rlhf_jax.data import formats, preferences
 from rlhf_jax.data.counts import Counts
-from rlhf_jax.data.encoding import encode_pair, encode_ranked, select
+from rlhf_jax.data.encoding import encode_pair, encode_ranked, encode_votes, select
+from rlhf_jax.data.fields import Fields
+from rlhf_jax.data.formats import Order, Votes
 from rlhf_jax.data.preferences import Annotators, PreferenceGroup
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reading import first_row, read
@@ -18,11 +23,15 @@ from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.sources import Data, Mixture, Source
 from rlhf_jax.data.text import CHARACTERS_A_TOKEN, fitted, sentence_starts
 from rlhf_jax.data.texts import check_texts
+from rlhf_jax.errors import UserError
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.metrics import Progress
 from rlhf_jax.numerics import require
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.sampling import Sample, Sampler, Sampling
+
+Ties = Literal["refuse", "drop"]
+"""What becomes of rows whose completions are not told apart as far as a loss needs."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class Comparisons:
     train: Sequence[PreferenceGroup]
     heldout: Sequence[PreferenceGroup]
     completions: int  # of a group, at most
+    pairs: int  # of a group, at most
     counts: Counts
 
 
@@ -114,34 +124,85 @@ def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
         hosts.from_writer(lambda: preferences.write(folder, splits))
     splits = preferences.read(folder)
     counts = Counts(len(splits["train"]), len(splits["heldout"]))
-    return Comparisons(splits["train"], splits["heldout"], pairs.completions, counts)
+    most = math.comb(pairs.completions, 2)
+    return Comparisons(splits["train"], splits["heldout"], pairs.completions, most, counts)
 
 
-def load(source: Source, tokenizer: Tokenizer, *, length: int) -> Comparisons:
-    """A source's comparisons, in rows of at most `length` tokens."""
-    if _are_ranked(source):
-        ranked = read(source, formats.ranked)
-        selected = select(source, ranked, encode_ranked(tokenizer), length=length, tells=_tells)
-    else:
-        selected = select(source, read(source, formats.pair), encode_pair(tokenizer), length=length, tells=_tells)
-    most = max(len(group.completions) for group in (*selected.train, *selected.heldout))
-    return Comparisons(selected.train, selected.heldout, most, selected.counts)
+def load(
+    source: Source, tokenizer: Tokenizer, *, length: int, needs: Order = "some", ties: Ties = "refuse"
+) -> Comparisons:
+    """A source's comparisons, told apart as far as a loss needs, in rows of at most `length` tokens."""
+    parse, encode = _reader(source, needs, ties)
+
+    def tells(group: PreferenceGroup) -> bool:
+        return group.tells and _is_ordered(group, needs)
+
+    selected = select(source, read(source, parse), encode(tokenizer), length=length, tells=tells)
+    if not any(group.settled for group in selected.heldout):
+        raise UserError("of the rows held out there is none on whose completions most annotators agree")
+    groups = [*selected.train, *selected.heldout]
+    completions = max(len(group.completions) for group in groups)
+    pairs = max(math.comb(completions, 2), *(len(group.pairs) for group in groups))
+    return Comparisons(selected.train, selected.heldout, completions, pairs, selected.counts)
 
 
-def _tells(group: PreferenceGroup) -> bool:
-    return group.tells
-
-
-def check(source: Source) -> None:
+def check(source: Source, *, needs: Order = "some", ties: Ties = "refuse") -> None:
     """Read all rows; raises UserError for what is wrong with them."""
-    if _are_ranked(source):
-        read(source, formats.ranked)
-    else:
-        read(source, formats.pair)
+    read(source, _reader(source, needs, ties)[0])
+
+
+def _reader(
+    source: Source, needs: Order, ties: Ties
+) -> tuple[Callable[[Fields], Any], Callable[[Tokenizer], Callable[[Any], PreferenceGroup]]]:
+    """How rows are read and encoded: the first one says whether they are pairs, orders or votes."""
+    first = first_row(source.parts[0] if isinstance(source, Mixture) else source)
+    if "completions" in first:
+        return partial(formats.ranked, needs="none" if ties == "drop" else needs), encode_ranked
+    if "annotators" in first:
+        if needs != "some":
+            raise first.error("the votes of 'annotators' are no order; they are for loss='bradley_terry' or 'k_wise'")
+        return partial(_settled, ties=ties), encode_votes
+    return formats.pair, encode_pair
+
+
+def _settled(row: Fields, *, ties: Ties) -> Votes:
+    votes = formats.votes(row)
+    if ties == "refuse" and not any(vote is not None for vote in votes.votes):
+        raise row.error(f"'annotators': all {len(votes.votes)} say that it is a tie, so there is nothing to compare")
+    return votes
+
+
+def _is_ordered(group: PreferenceGroup, needs: Order) -> bool:
+    if needs == "all":
+        return len(set(group.ranks)) == len(group.ranks)
+    return needs != "best" or group.ranks.count(0) == 1
+
+
+class Prompted(Protocol):
+    """A row that begins with a prompt."""
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """BOS first, or what a chat template begins with."""
+        ...
+
+
+class Splits(Protocol):
+    """Rows to train on and held out."""
+
+    @property
+    def train(self) -> Sequence[Prompted]:
+        """To train on."""
+        ...
+
+    @property
+    def heldout(self) -> Sequence[Prompted]:
+        """Held out."""
+        ...
 
 
 def policy_samples(
-    data: Comparisons,
+    data: Splits,
     context: Context,
     name: str,
     *,
@@ -166,11 +227,6 @@ def policy_samples(
     prompts = [fitted(group.prompt_tokens, (), length=room)[0] for group in groups]
     samples = sampler(context.policy(policy), prompts, context.key(f"{name}/normalize"))
     return [sample.prompt + sample.tokens for sample in samples]
-
-
-def _are_ranked(source: Source) -> bool:
-    """Whether rows have several completions in order, not two; the first row says which."""
-    return "completions" in first_row(source.parts[0] if isinstance(source, Mixture) else source)
 
 
 def _sample(pairs: SampledPairs, context: Context, name: str) -> dict[str, list[PreferenceGroup]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.algorithms import made_rows
 from rlhf_jax.algorithms.constitution import Principle, read_constitution
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive, named
 from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts
 from rlhf_jax.data.encoding import chat_tokenizer
 from rlhf_jax.data.formats import render
@@ -60,7 +60,7 @@ class Config(Prompting):
         """Prompts and answers."""
         return "rows"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """The model."""
         return named("policy", policy=self.policy)
 

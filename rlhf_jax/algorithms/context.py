@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,13 +23,27 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import ModelSpec, lora, quantized
+from rlhf_jax.rewards.ensemble import Ensemble, init
 from rlhf_jax.types import Key, Params
 
 BASE = "base"
 """Names the experiment's own model where a field names a stage."""
 
 
-Kind = Literal["policy", "reward", "rows"]
+Kind = Literal["policy", "reward", "ensemble", "rows"]
+"""What a stage makes: a language model, a trunk with a head, several of these that score together, or rows."""
+
+Role = Literal["policy", "reward", "ensemble", "scorer", "rows"]
+"""What another stage needs it for; what scores may be one reward model or an ensemble."""
+
+MAKERS: dict[Role, tuple[Kind, ...]] = {
+    "policy": ("policy",),
+    "reward": ("reward",),
+    "ensemble": ("ensemble",),
+    "scorer": ("reward", "ensemble"),
+    "rows": ("rows",),
+}
+"""The kinds that serve in each role."""
 
 
 class StageConfig(Protocol):
@@ -39,8 +54,8 @@ class StageConfig(Protocol):
         """What the stage's parameters are; or rows, and none (`made_rows`)."""
         ...
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
-        """The earlier stage that each field names, BASE left out, and what it must have made."""
+    def requires(self) -> dict[str, tuple[str, Role]]:
+        """The earlier stage that each field names, BASE left out, and what it must serve as."""
         ...
 
     def lengths(self) -> dict[str, int]:
@@ -66,6 +81,8 @@ class Context:
     model: Pretrained
     data: Data
     wandb: bool = False
+    ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
+    """The stages whose parameters are those of several reward models."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -93,9 +110,13 @@ class Context:
         """Where a stage keeps its files."""
         return self.workdir / name
 
-    def key(self, name: str) -> Key:
-        """A stage's own random key."""
-        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
+    def key(self, name: str, member: int = 0) -> Key:
+        """A stage's own random key; of an ensemble's member, the key of the stage in a run of that seed."""
+        return jax.random.fold_in(jax.random.key(self.seed + member), zlib.crc32(name.encode()))
+
+    def keys(self, name: str, members: int) -> Key:
+        """The keys of a stage's members, one behind the other."""
+        return jnp.stack([self.key(name, member) for member in range(members)])
 
     def rng(self, name: str) -> np.random.Generator:
         """A stage's own generator for what is drawn on the host."""
@@ -118,15 +139,18 @@ class Context:
         return self._params(source, lambda key: lora.own(self.spec, models.init(self.spec, key)))
 
     def head_params(self, source: str) -> Params:
-        """What trains of a finished reward model, trunk and head, in shards."""
-        return self._params(source, lambda key: models.init_with_head(self.spec, key))
+        """What trains of a finished reward model or ensemble, trunk and head, in shards."""
+        one, ensemble = partial(models.init_with_head, self.spec), self.ensembles.get(source)
+        if ensemble is None:
+            return self._params(source, one)
+        return self._params(source, lambda key: init(one, jax.random.split(key, ensemble.members), ensemble))
 
     def policy(self, source: str) -> Params:
         """The whole transformer of a finished stage, or of the model itself (BASE), to read with."""
         return lora.merge(self.base, self.policy_params(source))
 
     def network(self, source: str) -> Params:
-        """A whole finished reward model, to read with."""
+        """A whole finished reward model or ensemble, to read with."""
         return lora.merge(self.head_base, self.head_params(source))
 
     def replicated(self, tree: Any) -> Any:
@@ -144,9 +168,9 @@ class Context:
         return load_params(self.stage_dir(source) / "params", sharding.in_shards(layout, sharding.unbox(boxed)))
 
 
-def named(kind: Kind, **fields: str) -> dict[str, tuple[str, Kind]]:
-    """The fields that name a stage of a kind, without those that name BASE."""
-    return {field: (stage, kind) for field, stage in fields.items() if stage != BASE or kind == "reward"}
+def named(role: Role, **fields: str) -> dict[str, tuple[str, Role]]:
+    """The fields that name a stage for a role, without those that name BASE as a policy."""
+    return {field: (stage, role) for field, stage in fields.items() if stage != BASE or role != "policy"}
 
 
 def check_field(field: str, check: Callable[[], Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Params
@@ -31,18 +32,17 @@ def sentiment_judges(context: Context) -> dict[str, Judge]:
     return {"gold": GoldClassifier.fit(context.reviews.train), "vader": vader}
 
 
-def evaluate(
+def evaluator(
     drawing: Drawing,
     context: Context,
-    name: str,
-    policies: Sequence[Params],
+    stream: str,
     *,
     prompts: Sequence[PromptRow],
-    reference: Params,
     reward: Params | Scorer,
+    ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
-) -> list[list[Row]]:
-    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
+) -> PolicyEvaluation:
+    """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
     sampler = Sampler(
         context.spec,
         context.mesh,
@@ -52,15 +52,33 @@ def evaluate(
         sampling=drawing.sampling,
         batch_size=drawing.batch_size,
     )
-    evaluation = PolicyEvaluation(
+    return PolicyEvaluation(
         context.spec,
         context.mesh,
         context.tokenizer,
         sampler,
         prompts,
-        context.key(f"{name}/evaluation"),
+        context.key(stream),
         reward=reward,
+        ensemble=ensemble,
         judges=judges,
         temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )
-    return [evaluation(params, reference) for params in policies]
+
+
+def evaluate(
+    drawing: Drawing,
+    context: Context,
+    name: str,
+    policies: Sequence[Params],
+    *,
+    prompts: Sequence[PromptRow],
+    reference: Params,
+    reward: Params | Scorer,
+    ensemble: Ensemble | None = None,
+    judges: Mapping[str, Judge],
+) -> list[list[Row]]:
+    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
+    stream = f"{name}/evaluation"
+    read = evaluator(drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges)
+    return [read(params, reference) for params in policies]

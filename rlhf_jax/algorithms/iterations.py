@@ -13,10 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax import hosts, models, sharding, transfer
+from rlhf_jax.algorithms import dynamic_sampling
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompt_rows import PromptRow, Prompts
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.errors import UserError
@@ -24,6 +26,7 @@ from rlhf_jax.evals.policy import Scorer
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.placement import Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, Texts
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Key, Metrics, Params, Rollout, TrainState
@@ -37,6 +40,8 @@ class Frozen:
     reward: Params
     base: Params
     head_base: Params
+    ensemble: Ensemble | None = flax.struct.field(pytree_node=False, default=None)  # of the reward, if it is one
+    texts: PackedBatch | None = None  # that the policy learns beside its rollouts
 
     def policy(self, own: Params) -> Params:
         """A whole policy, as models read it: its own parameters over the shared base."""
@@ -47,10 +52,11 @@ class Frozen:
         return lora.merge(self.head_base, own)
 
 
-def frozen(context: Context, *, policy: str, reward: str | HostFunction) -> Frozen:
+def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine: Combine | None = None) -> Frozen:
     """The reference, which is the policy's start, and a reward model, from the stages that made them.
 
-    The model itself (BASE) as a reference is the base without adapters. A reward that is a function has no parameters.
+    An ensemble's scores become one by `combine`, or as its stage says. The model itself (BASE) as a reference is the
+    base without adapters. A reward that is a function has no parameters.
     """
     shared = policy == BASE and context.spec.lora is not None
     return Frozen(
@@ -58,7 +64,16 @@ def frozen(context: Context, *, policy: str, reward: str | HostFunction) -> Froz
         reward=context.head_params(reward) if isinstance(reward, str) else {},
         base=context.base,
         head_base=context.head_base,
+        ensemble=ensemble_of(context, reward, combine),
     )
+
+
+def ensemble_of(context: Context, reward: str | HostFunction, combine: Combine | None) -> Ensemble | None:
+    """How the scores of a stage's reward models become one, by `combine` or as the stage says; None where it is one."""
+    ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
+    if ensemble is None or combine is None:
+        return ensemble
+    return dataclasses.replace(ensemble, combine=combine)
 
 
 @flax.struct.dataclass
@@ -77,7 +92,11 @@ def behaviour(policy: TrainState, *, ahead: bool = False) -> Behaviour:
 
 
 class Algorithm(Protocol):
-    """One iteration of an on-policy stage, whole and in its phases; its state has a `policy`, a TrainState."""
+    """One iteration of an on-policy stage, whole and in its phases; its state has a `policy` and `final` parameters."""
+
+    def frozen(self, context: Context) -> Frozen:
+        """What it does not train, on a mesh."""
+        ...
 
     @property
     def config(self) -> Any:
@@ -147,6 +166,8 @@ class Whole:
     def __init__(self, algorithm: Algorithm, state: Any, places: Places, frozen: Frozen, scorer: Scorer | None) -> None:
         self._programs, self._context = programs(algorithm, state), places.training
         self._frozen, self._scorer = frozen, scorer
+        self._copies, self._redraws = algorithm.config.copies, algorithm.config.redraws
+        self._chosen = jax.jit(dynamic_sampling.chosen, out_shardings=sharding.batch_sharding(places.training.mesh))
 
     def shapes(self, state: Any) -> Any:
         """The state itself."""
@@ -159,27 +180,47 @@ class Whole:
 
     def readers(self, held: Any) -> tuple[Frozen, Params]:
         """They are there."""
-        return self._frozen, held.policy.params
+        return self._frozen, held.final
 
     def __call__(self, held: Any, batches: Prompts, *, last: bool) -> tuple[Any, Metrics, Rollout]:
         """Sample and learn from the next batch."""
         del last
-        (prompts, rows), mesh = next(batches), self._context.mesh
+        mesh = self._context.mesh
         with sharding.scope(mesh):
             if self._scorer is None:
-                return self._programs["iteration"](held, self._frozen, sharding.shard_batch(mesh, prompts))
-            rollout = self._programs["sample"](held, self._frozen, sharding.shard_batch(mesh, prompts))
-            scores = hosts.by_rows(self._scorer, with_rows(rollout, rows, self._context.tokenizer))
-            return self._programs["learn"](
-                held, self._frozen, rollout.replace(scores=sharding.shard_batch(mesh, scores))
-            )
+                return self._programs["iteration"](held, self._frozen, sharding.shard_batch(mesh, next(batches)[0]))
+            rollout, scores = self._scored(held, batches, self._scorer, 0)
+            drawn = [scores]
+            while len(drawn) <= self._redraws and dynamic_sampling.equal_groups(scores, self._copies).any():
+                more, more_scores = self._scored(held, batches, self._scorer, len(drawn))
+                drawn += [more_scores]
+                index = dynamic_sampling.refilled(scores, more_scores, self._copies)
+                rollout, scores = self._chosen(rollout, more, index), np.concatenate([scores, more_scores])[index]
+            rollout = rollout.replace(scores=sharding.shard_batch(mesh, scores))
+            held, metrics, rollout = self._programs["learn"](held, self._frozen, rollout)
+        if self._redraws:
+            metrics |= {"draws": jnp.float32(len(drawn)), "score_drawn": jnp.float32(np.mean(drawn))}
+        return held, metrics, rollout
+
+    def _scored(
+        self, held: Any, batches: Prompts, scorer: Scorer, draw: int
+    ) -> tuple[Rollout, Float[np.ndarray, " b"]]:
+        """Completions of the next batch, the iteration's first or a later one, and what a function says of them."""
+        prompts, rows = next(batches)
+        which = (np.int32(draw),) if self._redraws else ()
+        inputs = held, self._frozen, sharding.shard_batch(self._context.mesh, prompts), *which
+        rollout = self._programs["sample"](*inputs)
+        return rollout, hosts.by_rows(scorer, with_rows(rollout, rows, self._context.tokenizer))
 
 
 def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
     """What `Whole` compiles, by name: an iteration, or sampling and learning where a function scores."""
 
-    def sample(state: Any, frozen: Frozen, prompts: PromptBatch) -> Rollout:
-        return algorithm.sample(behaviour(state.policy), frozen, prompts)
+    def sample(state: Any, frozen: Frozen, prompts: PromptBatch, draw: Array | None = None) -> Rollout:
+        writer = behaviour(state.policy)
+        if draw is not None:  # of several in an iteration, each with a key of its own
+            writer = dataclasses.replace(writer, key=jax.random.fold_in(writer.key, 3 + draw))
+        return algorithm.sample(writer, frozen, prompts)
 
     if isinstance(algorithm.config.reward, str):
         return {"iteration": compiled(algorithm.iteration, state, others=2)}
@@ -198,6 +239,11 @@ class Ahead:
     def policy(self) -> TrainState:
         """The state's."""
         return self.state.policy
+
+    @property
+    def final(self) -> Params:
+        """The state's."""
+        return self.state.final
 
 
 class Drawn(NamedTuple):
@@ -272,7 +318,7 @@ class Phases:
 
     def readers(self, held: Any) -> tuple[Frozen, Params]:
         """The policy moves once more, and who waits in the host's memory comes back."""
-        own = held.policy.params
+        own = held.final
         awake = _put(self._frozen, self._offload, transfer.to_device)
         return awake, transfer.move(own, self._behaviour.params) if self._apart else own
 

@@ -1,25 +1,26 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
-from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, frozen, texts
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts, prompt_batches
+from rlhf_jax.algorithms.prompting import Completing, Prompting, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals.policy import Judge, compare, write_samples
+from rlhf_jax.evals.policy import Judge, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
+from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
@@ -34,19 +35,49 @@ class ValueHead:
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig(Prompting):
+class Rewarded(Completing):
+    """Fields of every stage in which a reward scores what a policy writes."""
+
+    policy: str = "sft"
+    """The stage whose policy writes; or "base"."""
+    reward: str | HostFunction = "reward_model"
+    """What scores completions: a reward_model stage, or a function of texts."""
+    combine: Combine | None = None
+    """How the scores of an ensemble become one, where `reward` names such; none: as its stage says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine is not None and not isinstance(self.reward, str):
+            raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
+
+    def requires(self) -> dict[str, tuple[str, Role]]:
+        """Policy and reward model."""
+        role = "scorer" if self.combine is None else "ensemble"
+        reward = named(role, reward=self.reward) if isinstance(self.reward, str) else {}
+        return named("policy", policy=self.policy) | reward
+
+    def check_inputs(self, data: Data) -> None:
+        """The rows, or the labelled texts that openings are cut from, and what a reward reads of them; its file."""
+        if not isinstance(self.reward, str):
+            self.reward.check_inputs()
+        rows = check_prompts(self, data, labelled=True)
+        if isinstance(self.reward, str):
+            return
+        for row in rows:
+            try:
+                self.reward.check_row(row.metadata)
+            except ValueError as error:
+                raise UserError(f"{error}; prompt: {' '.join(row.prompt.split())[:80]!r}") from None
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig(Rewarded):
     """Fields of every stage that samples from its policy and learns from a reward."""
 
     policy: str = "sft"
     """The stage that the policy starts from, which is also the frozen reference; or "base"."""
-    reward: str | HostFunction = "reward_model"
-    """What scores completions: a reward_model stage, or a function of texts."""
     steps: int = 40
     """Iterations: each samples a batch and learns from it."""
-    completion_tokens: int = 40
-    """Most tokens of a completion."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How completions are drawn."""
     evaluation_sampling: Sampling | None = None
     """How they are drawn before and after; none: as in training. KL is read at the temperature of training."""
     checkpoint_every: int = 10
@@ -56,7 +87,7 @@ class OnPolicyConfig(Prompting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "steps", "completion_tokens", "checkpoint_every")
+        check_positive(self, "steps", "checkpoint_every")
         roles = ", ".join(self.idle_roles)
         for role in self.placement.offload:
             if role not in self.idle_roles:
@@ -73,31 +104,19 @@ class OnPolicyConfig(Prompting):
         return self.placement.max_weight if isinstance(self.placement, Disaggregated) and self.placement.ahead else None
 
     @property
+    def redraws(self) -> int:
+        """How often, at most, groups of equal scores are replaced by those of further prompts."""
+        return 0
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know: lines of the log."""
+        cuts = "top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased"
+        return [cuts] * self.sampling.truncates
+
+    @property
     def produces(self) -> Kind:
         """A language model."""
         return "policy"
-
-    def requires(self) -> dict[str, tuple[str, Kind]]:
-        """Policy and reward model."""
-        reward = named("reward", reward=self.reward) if isinstance(self.reward, str) else {}
-        return named("policy", policy=self.policy) | reward
-
-    def check_inputs(self, data: Data) -> None:
-        """The rows, or the labelled texts that openings are cut from, and what a reward reads of them; its file."""
-        if not isinstance(self.reward, str):
-            self.reward.check_inputs()
-        rows = check_prompts(self, data, labelled=True)
-        if isinstance(self.reward, str):
-            return
-        for row in rows:
-            try:
-                self.reward.check_row(row.metadata)
-            except ValueError as error:
-                raise UserError(f"{error}; prompt: {' '.join(row.prompt.split())[:80]!r}") from None
-
-    def lengths(self) -> dict[str, int]:
-        """BOS, prompt and completion."""
-        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
 
 
 def critic_params(context: Context, critic: str | ValueHead) -> Params:
@@ -118,7 +137,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = frozen(places.sampling, policy=config.policy, reward=config.reward)
+        fixed = algorithm.frozen(places.sampling)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -137,6 +156,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             prompts=prompts.heldout,
             reference=fixed.policy(fixed.reference),
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
+            ensemble=fixed.ensemble,
             judges=judged_by,
         )
     if hosts.is_writer():
@@ -159,8 +179,8 @@ def fit(
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
     share = config.optimizer.share(config.updates)
     with Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop:
-        if config.sampling.truncates:
-            loop.note(f"{name}: top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased")
+        for text in config.notes():
+            loop.note(f"{name}: {text}")
         if config.data is not None:
             loop.note(f"{name}: {prompts.counts.line()}")
         shapes = iterations.shapes(state)
@@ -174,11 +194,23 @@ def fit(
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
-    finish(context, name, held.policy.params)
+    finish(context, name, held.final)
     return held
 
 
-def judges(config: OnPolicyConfig, context: Context) -> dict[str, Judge]:
+@contextmanager
+def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[tuple[Params | Scorer, Ensemble | None]]:
+    """What reads completions for their scores: a network's parameters, of an ensemble or not, or a function's process,
+    which is ended afterwards.
+    """
+    if isinstance(config.reward, str):
+        yield context.network(config.reward), ensemble_of(context, config.reward, config.combine)
+        return
+    with HostReward(config.reward, name) as scorer:
+        yield scorer, None
+
+
+def judges(config: Prompting, context: Context) -> dict[str, Judge]:
     """Who else reads completions, where prompts are openings of labelled reviews."""
     return {} if config.data is not None else sentiment_judges(context)
 

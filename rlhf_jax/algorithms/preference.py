@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from rlhf_jax import guard, hosts, models, sharding
 from rlhf_jax.algorithms import comparisons, preference_heldout, thumbs
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
-from rlhf_jax.algorithms.context import Context, Kind, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.preference_heldout import HeldOut
@@ -125,7 +125,7 @@ class Config:
         """A language model."""
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """The start, and the policy that is sampled."""
         policy = {"pairs.policy": self.pairs.policy} if isinstance(self.pairs, SampledPairs) else {}
         return named("policy", init=self.init, **policy)

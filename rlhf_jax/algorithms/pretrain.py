@@ -24,24 +24,27 @@ class Config(SupervisedConfig):
 def train(config: Config, context: Context, name: str) -> dict[str, float]:
     """Train the experiment's model on its train texts; the figures are for summary.json."""
     reviews, shard = context.reviews, process_shard(context.mesh)
-    batches = _batches(config, context, reviews.train, seed=context.seed, shard=shard)
-    heldout = _batches(config, context, reviews.validation, seed=0, shard=WHOLE)
-    _, figures = fit(config, context, name, context.policy_params(BASE), batches, heldout, note=reviews.counts.line())
+    sizes = {"row_length": config.row_length, "batch_size": config.batch_size}
+    training = batches(reviews.train, context, **sizes, seed=context.seed, shard=shard)
+    heldout = batches(reviews.validation, context, **sizes, seed=0, shard=WHOLE)
+    _, figures = fit(config, context, name, context.policy_params(BASE), training, heldout, note=reviews.counts.line())
     return {**figures, **reviews.counts.figures()}
 
 
-def _batches(
-    config: Config, context: Context, reviews: Sequence[Review], *, seed: int, shard: Shard
+def batches(
+    reviews: Sequence[Review], context: Context, *, row_length: int, batch_size: int, seed: int, shard: Shard
 ) -> grain.DatasetIterator:
+    """Endless batches of rows of whole texts; a row starts where a sentence does."""
+
     def rows(part: Sequence[Review]) -> list[Row]:
-        return sentence_rows((review.text for review in part), context.tokenizer, row_length=config.row_length)
+        return sentence_rows((review.text for review in part), context.tokenizer, row_length=row_length)
 
     return packed(
         by_part(reviews, rows),
         lambda row, rng: row,
         pad_id=context.tokenizer.pad_id,
-        row_length=config.row_length,
-        batch_size=config.batch_size,
+        row_length=row_length,
+        batch_size=batch_size,
         seed=seed,
         shard=shard,
     )

@@ -1,7 +1,7 @@
 """Prompts of an on-policy stage: openings of reviews, or rows of a source."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens
 from rlhf_jax.data import formats
@@ -14,6 +14,7 @@ from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
+from rlhf_jax.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,32 @@ class Prompting:
             raise ValueError("as_chat: openings of reviews are no conversations; name rows by data, or leave it False")
 
     @property
+    def copies(self) -> int:
+        """How often each prompt stands in a batch."""
+        return 1
+
+    @property
     def prompt_length(self) -> int:
         """Columns of a prompt: BOS and the most tokens."""
         return 1 + self.prompt_tokens[1]
+
+
+@dataclass(frozen=True)
+class Completing(Prompting):
+    """Fields of a stage in which policies complete prompts."""
+
+    completion_tokens: int = 40
+    """Most tokens of a completion."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How completions are drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "completion_tokens")
+
+    def lengths(self) -> dict[str, int]:
+        """BOS, prompt and completion."""
+        return {"prompt_tokens + completion_tokens (with BOS)": self.prompt_length + self.completion_tokens}
 
 
 def check_prompts(config: Prompting, data: Data, *, labelled: bool) -> list[Prompt]:
@@ -99,4 +123,5 @@ def prompt_batches(rows: Sequence[PromptRow], config: Prompting, context: Contex
         pad_id=context.tokenizer.pad_id,
         batch_size=config.batch_size,
         seed=context.seed,
+        copies=config.copies,
     )

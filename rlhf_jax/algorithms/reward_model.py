@@ -1,35 +1,40 @@
-"""Reward model: Bradley-Terry on comparisons (Stiennon et al. 2020; Ouyang et al. 2022).
+"""Reward models: of comparisons by Bradley-Terry (Stiennon et al. 2020), K-wise (Ouyang et al. 2022), Plackett-Luce or
+the best of k (Ziegler et al. 2019); of ratings; of outcomes (Cobbe et al. 2021); of steps (Lightman et al. 2023).
 
-All pairs of a prompt's completions stand in one batch element, so that each completion is read once. The comparisons
-are a source's rows, or are made as in Rafailov et al. 2023's controlled sentiment: a policy completes prefixes of
-held-out reviews and the gold classifier judges.
+`loss` names what is learnt (`reward_losses`) and with it the rows (`reward_data`). All completions of a prompt stand in
+one batch element, so that each is read once. Comparisons are a source's rows, or are made as in Rafailov et al. 2023's
+controlled sentiment: a policy completes prefixes of held-out reviews and the gold classifier judges. With `ensemble`
+several are trained at once (Coste et al. 2023).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from rlhf_jax import guard, hosts, losses, masking, models, sharding
-from rlhf_jax.algorithms import comparisons
-from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive, named, own_source
+from rlhf_jax import guard, hosts, models, sharding
+from rlhf_jax.algorithms import comparisons, reward_data
+from rlhf_jax.algorithms.comparisons import SampledPairs, Ties
+from rlhf_jax.algorithms.context import Context, Kind, Role, StageConfig, check_field, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.data.preference_batches import preference_batches
+from rlhf_jax.algorithms.reward_data import ORDERS, ComparedRows, JudgedRows, normalized
+from rlhf_jax.algorithms.reward_losses import LOSSES, Loss, first_thresholds, of_heads
+from rlhf_jax.algorithms.reward_losses import pair_loss as pair_loss
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import NonFiniteError
-from rlhf_jax.evals.reward import ScoreRows, evaluate_groups, review_accuracy, write_evaluation
-from rlhf_jax.models import ModelSpec, lora
+from rlhf_jax.evals.reward import ScoreRows, review_accuracy, write_evaluation
+from rlhf_jax.models import lora
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.ensemble import Ensemble
+from rlhf_jax.rewards.ensemble import init as init_members
 from rlhf_jax.rewards.network import RewardNetwork
-from rlhf_jax.train_step import Step, compiled, make_train_step, sharded_state
-from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params, PreferenceBatch, TrainState
+from rlhf_jax.train_step import Step, compiled, make_train_step, of_members, sharded_state, sharded_states
+from rlhf_jax.types import Key, Params, TrainState
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,22 @@ class Config:
 
     init: str = "sft"
     """The stage whose trunk it starts from, or "base"; the head is new, N(0, 1/√(d+1))."""
+    loss: Loss = "bradley_terry"
+    """The function of losses.reward. Of comparisons: bradley_terry (a term a pair), k_wise (all pairs of a prompt are
+    one term), plackett_luce, best_of_k; of completions one by one: scalar_rating, ordinal_rating, outcome_bce; of
+    steps: process_bce."""
     pairs: SampledPairs | Source | None = field(default_factory=SampledPairs)
-    """The comparisons: sampled and judged, rows of a source of its own, or, if None, the rows of the experiment's. Rows
-    have chosen and rejected, or completions with ranks or scores."""
+    """The rows: comparisons that are sampled and judged, rows of a source of its own, or, if None, the rows of the
+    experiment's. Comparisons have chosen and rejected, completions with ranks, scores or best, or two responses with
+    annotators' votes, of which bradley_terry counts each and k_wise the majority; others prompt, completion and rating,
+    or label; steps are completions with labels or ratings. A field annotator says who judged."""
+    ties: Ties = "refuse"
+    """Whether comparisons in which nothing is told apart, or less than the loss needs, are an error, or dropped and
+    counted."""
+    neutral: Literal["right", "wrong"] = "right"
+    """What a step is that was rated 0 (Lightman et al. 2023, section 2.6, and their appendix on scoring)."""
+    ensemble: Ensemble | None = None
+    """Several reward models at once; none: one."""
     steps: int = 200
     """Optimiser steps."""
     batch_size: int = 32
@@ -58,8 +76,9 @@ class Config:
     centering: float = 0.0
     """Weight of (r_chosen + r_rejected)², which holds scores around 0 (Eisenstein et al. 2023)."""
     normalize: bool = True
-    """Afterwards scores get mean 0 and standard deviation 1 on samples: the held-out completions of `pairs.policy`, or,
-    where the pairs are a source's rows, completions of their prompts by `init`."""
+    """Afterwards scores of comparisons get mean 0 and standard deviation 1 on samples, every member's of an ensemble:
+    the held-out completions of `pairs.policy`, or, of a source's rows, completions of their prompts by `init`. Ratings
+    and logits of labels mean something as they are, and are left so."""
     samples: int = 256
     """Prompts of a source that `init` completes to normalise on, the held-out ones first."""
     completion_tokens: int = 40
@@ -78,27 +97,44 @@ class Config:
         require("centering", self.centering, "[0, inf)")
         if self.batch_size % self.num_microbatches:
             raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
+        if isinstance(self.pairs, SampledPairs):
+            self._check_sampled(self.pairs)
+        for name in ("margin_scale", "label_smoothing", "centering"):
+            if vars(self)[name] and self.loss != "bradley_terry":
+                raise ValueError(f"{name}={vars(self)[name]} is for loss='bradley_terry', not {self.loss!r}")
         if isinstance(self.pairs, SampledPairs) and self.pairs.length > self.length:
             raise ValueError(f"length={self.length} must hold BOS, prompt and completion of pairs: {self.pairs.length}")
         if not isinstance(self.pairs, SampledPairs) and self.completion_tokens >= self.length:
             raise ValueError(f"length={self.length} must exceed completion_tokens={self.completion_tokens}")
 
+    def _check_sampled(self, pairs: SampledPairs) -> None:
+        if self.loss not in ORDERS:
+            raise ValueError(f"pairs: SampledPairs makes comparisons; loss={self.loss!r} needs rows of a source")
+        noise = pairs.label_noise or (pairs.disagreement and pairs.annotators > 1)
+        if noise and self.loss != "bradley_terry":
+            raise ValueError(f"pairs: with noise or several annotators pairs make no order, which {self.loss!r} needs")
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether scores are normalised afterwards."""
+        return self.normalize and self.loss in ORDERS
+
     @property
     def produces(self) -> Kind:
-        """A trunk and a head."""
-        return "reward"
+        """A trunk and a head, or several."""
+        return "reward" if self.ensemble is None else "ensemble"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """The trunk, and the policy that is sampled."""
         policy = {"pairs.policy": self.pairs.policy} if isinstance(self.pairs, SampledPairs) else {}
         return named("policy", init=self.init, **policy)
 
     def check_inputs(self, data: Data) -> None:
-        """The comparisons, or the labelled texts that they are made from."""
+        """The rows, or the labelled texts that comparisons are made from."""
         if isinstance(self.pairs, SampledPairs):
             check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
         else:
-            check_field("pairs", lambda: comparisons.check(_source(self, data)))
+            check_field("pairs", lambda: reward_data.check(self, data))
 
     def lengths(self) -> dict[str, int]:
         """A row."""
@@ -110,65 +146,51 @@ class Config:
         return rows | ({"pairs.batch_size": self.pairs.batch_size} if isinstance(self.pairs, SampledPairs) else {})
 
 
-def pair_loss(spec: ModelSpec, config: Config) -> LossFn:
-    """(params, PreferenceBatch, hyper, key) -> Bradley-Terry's loss a pair, in nats."""
-
-    def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
-        del hyper, key
-        if not config.centering:
-            # A difference of scores does not see the bias: its gradient is rounding, and Adam would make steps of it.
-            head = {**params["head"], "bias": jax.lax.stop_gradient(params["head"]["bias"])}
-            params = {**params, "head": head}
-        scores = batch_scores(spec, params, batch)
-        chosen, rejected = (jnp.take_along_axis(scores, batch.pairs[..., i], axis=1) for i in (0, 1))
-        loss, diagnostics = losses.bradley_terry(
-            chosen,
-            rejected,
-            margin=config.margin_scale * batch.margins,
-            label_smoothing=config.label_smoothing,
-        )
-        if config.centering:
-            loss += config.centering * losses.centering(chosen, rejected)[0]
-        judged = batch.weights > 0
-        return masking.token_mean(loss, judged), {
-            name: masking.token_mean(diagnostics[name], judged) for name in ("accuracy", "margin")
-        }
-
-    return loss_fn
+def ensembles(stages: Mapping[str, StageConfig]) -> dict[str, Ensemble]:
+    """The stages of an experiment that make ensembles."""
+    made = {name: stage.ensemble for name, stage in stages.items() if isinstance(stage, Config)}
+    return {name: ensemble for name, ensemble in made.items() if ensemble is not None}
 
 
-def batch_scores(spec: ModelSpec, params: Params, batch: PreferenceBatch) -> Float[Array, "b k"]:
-    """One score a completion."""
-    b, k, t = batch.tokens.shape
-    return models.score(spec, params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t)).reshape(b, k)
+def start(config: Config, context: Context, name: str, shares: np.ndarray | None = None) -> tuple[TrainState, Step]:
+    """The state that training starts from, and its compiled step; of a context of shapes, both abstract.
 
+    `shares` are those of the levels of an ordinal rating.
+    """
+    spec, ensemble, optimizer = context.spec, config.ensemble, config.optimizer.make(config.steps)
 
-def start(config: Config, context: Context, name: str) -> tuple[TrainState, Step]:
-    """The state that training starts from, and its compiled step; of a context of shapes, both abstract."""
-    spec, optimizer = context.spec, config.optimizer.make(config.steps)
-    state = sharded_state(
-        context.mesh,
-        lambda source: models.init_with_head(spec, context.key(name), source),
-        context.policy_params(config.init),
-        optimizer,
-        {"learning_rate": config.optimizer.learning_rate},
-        context.key(name),
-        master=config.optimizer.master,
-    )
-    step = make_train_step(pair_loss(spec, config), optimizer, num_microbatches=config.num_microbatches)
+    def init(source: Params, key: Key) -> Params:
+        boxed = models.init_with_head(spec, key, source)
+        places = {} if shares is None else {"thresholds": jnp.asarray(first_thresholds(shares))}
+        return {**boxed, "head": {**boxed["head"], **places}}
+
+    def make(source: Params) -> Params:
+        if ensemble is None:
+            return init(source, context.key(name))
+        return init_members(partial(init, source), context.keys(name, ensemble.members), ensemble)
+
+    loss_fn = LOSSES[config.loss](spec, config)
+    if ensemble is not None and ensemble.of == "heads":
+        loss_fn = of_heads(loss_fn, own_rows=ensemble.own_rows)
+    step = make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches)
+    given = context.policy_params(config.init), optimizer, {"learning_rate": config.optimizer.learning_rate}
+    if ensemble is not None and ensemble.of == "models":
+        keys, step = context.keys(name, ensemble.members), of_members(step)
+        state = sharded_states(context.mesh, init, *given, keys, master=config.optimizer.master)
+    else:
+        state = sharded_state(context.mesh, make, *given, context.key(name), master=config.optimizer.master)
     return state, compiled(step, state)
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
-    """Make or read the comparisons, train, normalise, evaluate; the figures are for summary.json."""
+    """Make or read the rows, train, normalise, evaluate; the figures are for summary.json."""
     spec, mesh, tokenizer = context.spec, context.mesh, context.tokenizer
-    data = _comparisons(config, context, name)
-    state, step_fn = start(config, context, name)
-    layout = {"pad_id": tokenizer.pad_id, "completions": data.completions, "length": config.length}
+    data = reward_data.load(config, context, name)
+    state, step_fn = start(config, context, name, data.shares)
     shard = sharding.process_shard(mesh)
-    batches = preference_batches(data.train, batch_size=config.batch_size, seed=context.seed, shard=shard, **layout)
+    batches = reward_data.batches(config, context, name, data, shard)
     share = config.optimizer.share(config.steps)
-    network = RewardNetwork(spec, mesh, length=config.length, pad_id=tokenizer.pad_id)
+    network = RewardNetwork(spec, mesh, length=config.length, pad_id=tokenizer.pad_id, ensemble=config.ensemble)
 
     loop = Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every)
     with loop, sharding.scope(mesh):
@@ -179,55 +201,44 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
             state, metrics = step_fn(state, sharding.local_batch(mesh, batch), context.head_base)
             metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
             if step % config.evaluate_every == 0 or step == config.steps:
-                score = partial(network, lora.merge(context.head_base, state.params))
-                report = evaluate_groups(score, data.heldout).pairs
-                metrics |= {"heldout_accuracy": report.accuracy, "heldout_log_loss": report.log_loss}
+                metrics |= data.during(network, lora.merge(context.head_base, state.params))
             loop.record(state, metrics, tokens=int(np.sum(batch.mask)) * shard.count)
 
-    score = partial(network, lora.merge(context.head_base, state.params))
-    report = evaluate_groups(score, data.heldout)  # before normalising, which changes the odds
-    external = (
-        review_accuracy(score, context.reviews.test, tokenizer, length=config.length) if context.labelled else None
-    )
+    params, moments = state.params, None
+    if config.normalizes:
+        moments = _moments(config, context, name, data, partial(network.members, lora.merge(context.head_base, params)))
+    read = params
+    if moments is not None and config.ensemble is not None:  # what a comparison leaves free is a constant a member
+        read = normalized(params, moments[0], np.ones_like(moments[1]))
+    score = partial(network, lora.merge(context.head_base, read))
+    final = data.final(network, lora.merge(context.head_base, read))  # before normalising, which changes the odds
+    external = None
+    if context.labelled:
+        external = review_accuracy(score, context.reviews.test, tokenizer, length=config.length)
     if hosts.is_writer():
-        write_evaluation(context.stage_dir(name) / "evaluation.json", report, external)
-    mean, std = _mean_and_std(config, context, name, data, report.scores, score)
-    finish(context, name, normalized(state.params, mean, std) if config.normalize else state.params)
-    low, high = report.pairs.interval
+        write_evaluation(context.stage_dir(name) / "evaluation.json", final.evaluation, external)
+    finish(context, name, data.rescaled(params) if moments is None else normalized(params, *moments))
+    mean, std = (final.scores.mean(), final.scores.std()) if moments is None else moments
     return {
-        "accuracy": report.pairs.accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "log_loss": report.pairs.log_loss,
-        "ece": report.pairs.ece,
-        "length_correlation": report.pairs.length_correlation,
+        **final.figures,
         **({} if external is None else {"external_accuracy": external["accuracy"]}),
-        "score_mean": mean,
-        "score_std": std,
+        "score_mean": float(np.mean(mean)),
+        "score_std": float(np.mean(std)),
         "steps": config.steps,
         **guard.figures(state),
         **data.counts.figures(),
     }
 
 
-def _comparisons(config: Config, context: Context, name: str) -> Comparisons:
-    if isinstance(config.pairs, SampledPairs):
-        return comparisons.sample(config.pairs, context, name)
-    return comparisons.load(_source(config, context.data), context.tokenizer, length=config.length)
-
-
-def _source(config: Config, data: Data) -> Source:
-    assert not isinstance(config.pairs, SampledPairs)
-    return own_source(config.pairs, data, instead="pairs=SampledPairs() makes comparisons of them")
-
-
-def _mean_and_std(
-    config: Config, context: Context, name: str, data: Comparisons, heldout: np.ndarray, score: ScoreRows
-) -> tuple[float, float]:
-    """Of the scores of samples: the held-out completions where these were sampled, else completions of `init`."""
-    scores = heldout
-    if config.normalize and not isinstance(config.pairs, SampledPairs):
-        samples = comparisons.policy_samples(
+def _moments(
+    config: Config, context: Context, name: str, data: ComparedRows | JudgedRows, members: ScoreRows
+) -> tuple[Any, Any]:
+    """Mean and standard deviation of each member's scores, [m], of samples: the held-out completions where these were
+    sampled, else completions of `init`; of a single network two numbers.
+    """
+    rows = data.heldout_rows
+    if not isinstance(config.pairs, SampledPairs):
+        rows = comparisons.policy_samples(
             data,
             context,
             name,
@@ -237,16 +248,13 @@ def _mean_and_std(
             length=config.length,
             batch_size=config.batch_size,
         )
-        scores = score(samples)
-    mean, std = float(scores.mean()), float(scores.std())
-    if config.normalize and not std > 0:
-        raise NonFiniteError(
-            f"{name}: all {len(scores)} scores are {mean:g} and cannot be normalised; nothing is saved"
-        )
-    return mean, std
-
-
-def normalized(params: Params, mean: float, std: float) -> Params:
-    """The same reward model with its scores shifted and scaled: (r − mean) / std, folded into the head."""
-    head = params["head"]
-    return {**params, "head": {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}}
+    moments = [(float(scores.mean()), float(scores.std())) for scores in members(rows)]
+    for mean, std in moments:
+        if not std > 0:
+            raise NonFiniteError(
+                f"{name}: all {len(rows)} scores are {mean:g} and cannot be normalised; nothing is saved"
+            )
+    if config.ensemble is None:
+        return moments[0]
+    means, stds = np.asarray(moments, np.float32).T
+    return means, stds

@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_jax.algorithms.context import (
     BASE,
     Context,
-    Kind,
+    Role,
     check_field,
     check_prompt_tokens,
     named,
@@ -64,7 +64,7 @@ class Config(SupervisedConfig):
     row_length: int = 98
     """Tokens in a row; several examples are packed into one."""
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """The stage in `init`."""
         return named("policy", init=self.init)
 

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from rlhf_jax import guard, losses, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, check_field, check_positive
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.sources import Data
@@ -59,7 +59,7 @@ class SupervisedConfig:
         """A language model."""
         return "policy"
 
-    def requires(self) -> dict[str, tuple[str, Kind]]:
+    def requires(self) -> dict[str, tuple[str, Role]]:
         """Nothing but the experiment's model."""
         return {}
 
@@ -95,20 +95,27 @@ def language_model_loss(spec: ModelSpec, *, balance: bool = True) -> LossFn:
 
 def start(config: SupervisedConfig, context: Context, name: str, params: Params) -> tuple[TrainState, Step]:
     """The state that training of `params` starts from, and its compiled step; of shapes alone, both abstract."""
-    spec, optimizer = context.spec, config.optimizer.make(config.steps)
-    boxes = lora.own(spec, jax.eval_shape(partial(models.init, spec), jax.random.key(0)))
-    hyper = {"learning_rate": config.optimizer.learning_rate}
-    state = sharded_state(
+    state = first_state(config.optimizer, context, name, params, steps=config.steps)
+    step = make_train_step(
+        language_model_loss(context.spec),
+        config.optimizer.make(config.steps),
+        num_microbatches=config.num_microbatches,
+    )
+    return state, compiled(step, state)
+
+
+def first_state(optimizer: Optimizer, context: Context, name: str, params: Params, *, steps: int) -> TrainState:
+    """The state that `steps` steps of training of a language model's `params` start from."""
+    boxes = lora.own(context.spec, jax.eval_shape(partial(models.init, context.spec), jax.random.key(0)))
+    return sharded_state(
         context.mesh,
         lambda params: box(params, boxes),
         params,
-        optimizer,
-        hyper,
+        optimizer.make(steps),
+        {"learning_rate": optimizer.learning_rate},
         context.key(name),
-        master=config.optimizer.master,
+        master=optimizer.master,
     )
-    step = make_train_step(language_model_loss(spec), optimizer, num_microbatches=config.num_microbatches)
-    return state, compiled(step, state)
 
 
 def fit(

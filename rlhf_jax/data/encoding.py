@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from rlhf_jax.data.counts import Counts
-from rlhf_jax.data.formats import Example, Pair, Ranked, Thumb
+from rlhf_jax.data.formats import Example, Pair, Ranked, Rated, Stepwise, Thumb, Votes
+from rlhf_jax.data.judged import JudgedRow
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reading import Mixed, Rows
 from rlhf_jax.data.sources import Mixture, Source, describe
@@ -130,9 +131,16 @@ class Limits:
 
 
 def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
-    """Prompt and completion, whose tokens and EOS are learnt; by a chat template all that the assistant says."""
+    """Prompt and completion, whose tokens and EOS are learnt; by a chat template all that the assistant says.
+
+    Of what a policy wrote, the ids that it wrote. Raises UserError where these are another tokenizer's.
+    """
 
     def encode(example: Example) -> Learnt:
+        if example.ids is not None:
+            _check_ids(example, tokenizer)
+            prompt, completion = example.ids
+            return Learnt(prompt + completion, (*([False] * len(prompt)), *([True] * len(completion))))
         chat = chat_tokenizer(tokenizer)
         if chat is not None and example.messages:
             tokens, counted = chat.encode_chat(example.messages, start=example.learnt_from)
@@ -144,13 +152,24 @@ def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
     return encode
 
 
+def _check_ids(example: Example, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless a row's ids say what its texts do."""
+    assert example.ids is not None
+    for name, ids, text in zip(
+        ("prompt", "completion"), example.ids, (example.prompt, example.completion), strict=True
+    ):
+        if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids) != text:
+            raise UserError(f"'{name}_tokens' are not this model's tokens of '{name}': {text[:80]!r}; leave both out")
+
+
 def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
     """A chosen and a rejected completion as a group of two, both ended."""
 
     def encode(pair: Pair) -> PreferenceGroup:
         chat, texts = chat_tokenizer(tokenizer), (pair.chosen, pair.rejected)
+        annotators = () if pair.annotator is None else (pair.annotator,)
         if chat is None or not pair.chosen_messages:
-            return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,))
+            return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,), annotators)
         prompts, completions = zip(
             *(
                 _answered(chat, messages, pair.answered_from)
@@ -160,7 +179,8 @@ def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
         )
         if prompts[0] != prompts[1]:
             raise UserError(f"the chat template writes the prompt of two answers in two ways: {pair.prompt[:80]!r}")
-        return PreferenceGroup(pair.prompt, texts, prompts[0], completions, (), ((0, 1),), (pair.margin,), "file")
+        judged = (), ((0, 1),), (pair.margin,), "file", annotators
+        return PreferenceGroup(pair.prompt, texts, prompts[0], completions, *judged)
 
     return encode
 
@@ -171,7 +191,49 @@ def encode_ranked(tokenizer: Tokenizer) -> Callable[[Ranked], PreferenceGroup]:
     def encode(row: Ranked) -> PreferenceGroup:
         places = range(len(row.ranks))
         pairs = tuple((a, b) for a in places for b in places if row.ranks[a] < row.ranks[b])
-        return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs))
+        annotators = () if row.annotator is None else (row.annotator,) * len(pairs)
+        return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs), annotators)
+
+    return encode
+
+
+def encode_votes(tokenizer: Tokenizer) -> Callable[[Votes], PreferenceGroup]:
+    """Two completions, with a pair for each annotator who preferred one, whose number is the annotator's name."""
+
+    def encode(row: Votes) -> PreferenceGroup:
+        said = [(str(i), vote) for i, vote in enumerate(row.votes) if vote is not None]
+        pairs, annotators = tuple((vote, 1 - vote) for _, vote in said), tuple(who for who, _ in said)
+        return encode_group(tokenizer, row.prompt, row.completions, pairs, (0.0,) * len(pairs), annotators)
+
+    return encode
+
+
+def encode_rated(tokenizer: Tokenizer) -> Callable[[Rated | Thumb], JudgedRow]:
+    """A completion, ended, with its rating, or with 1 or 0 for its label."""
+
+    def encode(row: Rated | Thumb) -> JudgedRow:
+        target = row.rating if isinstance(row, Rated) else float(row.label)
+        chat = chat_tokenizer(tokenizer)
+        if chat is not None and isinstance(row, Thumb) and row.messages:
+            prompt, completion = _answered(chat, row.messages, row.answered_from)
+        else:
+            prompt = (tokenizer.bos_id, *tokenizer.encode(row.prompt))
+            completion = (*tokenizer.encode(row.completion), tokenizer.eos_id)
+        return JudgedRow(row.prompt, prompt, (completion,), (target,), row.annotator)
+
+    return encode
+
+
+def encode_steps(tokenizer: Tokenizer) -> Callable[[Stepwise], JudgedRow]:
+    """A solution's steps, a line each, the last one ended; the prompt's own line ends before them."""
+
+    def encode(row: Stepwise) -> JudgedRow:
+        prompt = (tokenizer.bos_id, *tokenizer.encode(row.prompt + "\n"))
+        *first, last = row.completions
+        lines = [tuple(tokenizer.encode(step + "\n")) for step in first]
+        parts = (*lines, (*tokenizer.encode(last), tokenizer.eos_id))
+        targets = tuple(None if label is None else float(label) for label in row.labels)
+        return JudgedRow(row.prompt, prompt, parts, targets, row.annotator)
 
     return encode
 
@@ -213,6 +275,7 @@ def encode_group(
     texts: tuple[str, ...],
     pairs: tuple[tuple[int, int], ...],
     margins: tuple[float, ...],
+    annotators: tuple[str, ...] = (),
 ) -> PreferenceGroup:
     """Completions of a prompt as plain text, each ended; their pairs as (winner, loser), with a margin each."""
     return PreferenceGroup(
@@ -224,4 +287,5 @@ def encode_group(
         pairs=pairs,
         margins=margins,
         source="file",
+        annotators=annotators,
     )

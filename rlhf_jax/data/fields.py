@@ -73,6 +73,22 @@ class Fields:
             raise self.error(f"{name!r} must be a list, found {short(value)}")
         return value
 
+    @property
+    def annotator(self) -> str | None:
+        """Who judged, by the field of this name, a string or a whole number; None where there is none."""
+        value = self.fields.get("annotator")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+            raise self.error(f"'annotator' must be a string or a whole number, found {short(value)}")
+        return None if value is None else str(value)
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Token ids, at least one."""
+        values = self.list(name)
+        wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 0]
+        if wrong or not values:
+            raise self.error(f"{name!r} must be token ids, found {short(wrong[0] if wrong else values)}")
+        return tuple(values)
+
     def label(self, name: str) -> bool:
         """True or false, or 1 or 0."""
         return self.check_label(repr(name), self.require(name))

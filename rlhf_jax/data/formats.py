@@ -6,9 +6,12 @@ no chat template; the messages are kept, for a tokenizer that has one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from rlhf_jax.data.fields import SPEAKERS, Fields, Messages
+from rlhf_jax.data.fields import SPEAKERS, Fields, Messages, short
+
+Order = Literal["none", "some", "best", "all"]
+"""How far completions must be told apart: not at all, somehow, one of them the best, or every one from every other."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Example:
     """The conversation, where the row has one; by a chat template all that the assistant says in it is learnt …"""
     learnt_from: int = 0
     """… from this message on."""
+    ids: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Prompt and completion as a policy read and wrote them, special tokens included, where the row has them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Pair:
     rejected_messages: tuple[Mapping[str, Any], ...] = ()
     answered_from: int = 0
     """The message of both with which the answer begins."""
+    annotator: str | None = None
+    """Who judged, where the row says."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Thumb:
     """The conversation, the completion its end, where the row has messages …"""
     answered_from: int = 0
     """… and the message with which the completion begins."""
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,16 @@ class Ranked:
     prompt: str
     completions: tuple[str, ...]
     ranks: tuple[int, ...]
+    annotator: str | None = None
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Two completions of a prompt, and what each of several annotators said: the first, the second, or (None) a tie."""
+
+    prompt: str
+    completions: tuple[str, str]
+    votes: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ class Rated:
     prompt: str
     completion: str
     rating: float
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,7 @@ class Stepwise:
     prompt: str
     completions: tuple[str, ...]
     labels: tuple[bool | None, ...]
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +177,7 @@ def pair(row: Fields) -> Pair:
         return _conversations(row, margin)
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if "prompt" in row:
-        return Pair(_prompt(row)[0], chosen, rejected, margin)
+        return Pair(_prompt(row)[0], chosen, rejected, margin, annotator=row.annotator)
     # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say; of
     # raw transcripts (HH-RLHF) where the last answer begins that both have, whatever words the two have in common.
     shared = _shared(chosen, rejected)
@@ -166,11 +186,18 @@ def pair(row: Fields) -> Pair:
         shared = turn + len(_TURN)
     while shared and not all(text[shared : shared + 1].isspace() and text[shared:].strip() for text in texts):
         shared -= 1
-    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], margin)
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], margin, annotator=row.annotator)
 
 
 def example(row: Fields) -> Example:
-    """Of prompt and completion, of messages (as plain text the last one is the completion), or of text."""
+    """Of prompt and completion, of messages (as plain text the last one is the completion), or of text.
+
+    Beside prompt and completion, prompt_tokens and completion_tokens are ids that a policy of this tokenizer read and
+    wrote: they are learnt as they stand, with EOS only where it was written.
+    """
+    if "completion_tokens" in row:
+        ids = row.ids("prompt_tokens"), row.ids("completion_tokens")
+        return Example(row.text("prompt", empty=True), row.text("completion", empty=True), ids=ids)
     if "messages" in row:
         messages = row.messages("messages")
         return Example(render(messages[:-1]), render(messages[-1:]), _for_template(messages))
@@ -205,35 +232,81 @@ def thumb(row: Fields) -> Thumb:
     label = row.label("label")
     if row.is_conversation("completion"):
         before, after = row.messages("prompt", prompt=True), row.messages("completion")
-        return Thumb(render(before), render(after), label, _for_template([*before, *after]), len(before))
-    return Thumb(_prompt(row)[0], row.text("completion"), label)
+        return Thumb(render(before), render(after), label, _for_template([*before, *after]), len(before), row.annotator)
+    return Thumb(_prompt(row)[0], row.text("completion"), label, annotator=row.annotator)
 
 
-def ranked(row: Fields) -> Ranked:
-    """Of prompt, completions, and either ranks (the least is the best) or scores (the largest is the best)."""
+def ranked(row: Fields, *, needs: Order = "some") -> Ranked:
+    """Of prompt, completions, and ranks (the least is the best), scores (the largest is the best), or best, the number
+    of the one that was picked, from 0.
+
+    Raises UserError where the completions are not told apart as far as a loss `needs`.
+    """
     before, completions = _prompt(row)[0], row.texts("completions", least=2)
-    name = "ranks" if "ranks" in row else "scores"
-    values = [-value if name == "scores" else value for value in _numbers(row, name, len(completions))]
+    if "best" in row:
+        best = row.require("best")
+        if not isinstance(best, int) or isinstance(best, bool) or not 0 <= best < len(completions):
+            raise row.error(f"'best' must be a number from 0 to {len(completions) - 1}, found {short(best)}")
+        name, values = "best", [float(i != best) for i in range(len(completions))]
+    else:
+        name = "ranks" if "ranks" in row else "scores"
+        values = [-value if name == "scores" else value for value in _numbers(row, name, len(completions))]
     order = sorted(set(values))
-    if len(order) == 1:
+    if needs != "none" and len(order) == 1:
         raise row.error(f"{name!r}: all {len(values)} completions tie, so there is nothing to compare")
-    return Ranked(before, completions, tuple(order.index(value) for value in values))
+    if needs == "best" and values.count(order[0]) > 1:
+        raise row.error(f"{name!r}: {values.count(order[0])} completions tie for the best; one is needed")
+    if needs == "all" and len(order) < len(values):
+        raise row.error(f"{name!r}: some of {len(values)} completions tie; an order of all is needed")
+    return Ranked(before, completions, tuple(order.index(value) for value in values), row.annotator)
+
+
+def votes(row: Fields) -> Votes:
+    """Of prompt, response_1, response_2 and annotators (PandaLM's): 1, 2, or 0 for a tie, one an annotator.
+
+    A response may be empty.
+    """
+    texts = (row.text("response_1", empty=True), row.text("response_2", empty=True))
+    values = row.list("annotators")
+    for i, value in enumerate(values, start=1):
+        if isinstance(value, bool) or value not in (0, 1, 2):
+            raise row.error(f"'annotators', number {i} must be 1, 2, or 0 for a tie, found {short(value)}")
+    if not values:
+        raise row.error("'annotators' is empty")
+    return Votes(_prompt(row)[0], texts, tuple(value - 1 if value else None for value in values))
 
 
 def rated(row: Fields) -> Rated:
     """Of prompt, completion and rating."""
-    return Rated(_prompt(row)[0], row.text("completion"), row.number("rating"))
+    return Rated(_prompt(row)[0], row.text("completion"), row.number("rating"), row.annotator)
 
 
-def stepwise(row: Fields) -> Stepwise:
-    """Of prompt, completions and labels (TRL's stepwise supervision); a label may be null."""
-    before, steps, labels = _prompt(row)[0], row.texts("completions", least=1), row.list("labels")
-    _check_count(row, "labels", len(labels), len(steps))
-    checked = [
-        None if value is None else row.check_label(f"'labels', number {i}", value)
-        for i, value in enumerate(labels, start=1)
-    ]
-    return Stepwise(before, steps, tuple(checked))
+def level(row: Fields) -> Rated:
+    """The same with a rating that is a whole number."""
+    one = rated(row)
+    if not one.rating.is_integer():
+        raise row.error(f"'rating' must be a whole number, found {one.rating:g}")
+    return one
+
+
+def stepwise(row: Fields, *, neutral: bool = True) -> Stepwise:
+    """Of prompt, completions, and labels (TRL's stepwise supervision) or ratings (PRM800K's): 1 right, −1 wrong, and 0,
+    of which `neutral` says whether it is right. A label or rating may be null.
+    """
+    before, steps = _prompt(row)[0], row.texts("completions", least=1)
+    name = "ratings" if "ratings" in row and "labels" not in row else "labels"
+    values = row.list(name)
+    _check_count(row, name, len(values), len(steps))
+
+    def right(i: int, value: Any) -> bool:
+        if name == "labels":
+            return row.check_label(f"'labels', number {i}", value)
+        if isinstance(value, bool) or value not in (-1, 0, 1):
+            raise row.error(f"'ratings', number {i} must be 1, 0, −1 or null, found {short(value)}")
+        return value > 0 or (neutral and value == 0)
+
+    checked = [None if value is None else right(i, value) for i, value in enumerate(values, start=1)]
+    return Stepwise(before, steps, tuple(checked), row.annotator)
 
 
 def text(row: Fields) -> Text:
@@ -251,14 +324,15 @@ def _conversations(row: Fields, margin: float) -> Pair:
     chosen, rejected = (row.messages(name) for name in ("chosen", "rejected"))
     answers = all(messages[0]["role"] == "assistant" for messages in (chosen, rejected))
     if "prompt" in row and not row.is_conversation("prompt") and answers:
-        return Pair(row.text("prompt", empty=True), render(chosen), render(rejected), margin)
+        return Pair(row.text("prompt", empty=True), render(chosen), render(rejected), margin, annotator=row.annotator)
     if "prompt" in row and row.is_conversation("prompt"):
         before = row.messages("prompt", prompt=True)
     else:
         shared = _shared(chosen[:-1], rejected[:-1])
         before, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     whole = (_for_template([*before, *answer]) for answer in (chosen, rejected))
-    return Pair(render(before), render(chosen), render(rejected), margin, *whole, answered_from=len(before))
+    prompt, texts = render(before), (render(chosen), render(rejected))
+    return Pair(prompt, *texts, margin, *whole, answered_from=len(before), annotator=row.annotator)
 
 
 def _prompt(row: Fields, *, empty: bool = True) -> tuple[str, Messages]:

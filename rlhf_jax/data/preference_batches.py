@@ -38,10 +38,11 @@ def preference_batches(
     completions: int,
     length: int,
     seed: int,
+    pairs: int | None = None,
     shard: Shard = WHOLE,
 ) -> grain.DatasetIterator:
     """Endless `PreferenceBatch`es, see `endless`; of each the process's `shard`."""
-    make = partial(batch_groups, pad_id=pad_id, completions=completions, length=length)
+    make = partial(batch_groups, pad_id=pad_id, completions=completions, length=length, pairs=pairs)
     return batches(groups, make, batch_size=batch_size, seed=seed, shard=shard)
 
 
@@ -72,18 +73,23 @@ def stack(
     return tokens, mask, completion_mask
 
 
-def batch_groups(groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int) -> PreferenceBatch:
-    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0."""
-    b, p = len(groups), math.comb(completions, 2)
-    pairs = np.zeros((b, p, 2), np.int32)
+def batch_groups(
+    groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int, pairs: int | None = None
+) -> PreferenceBatch:
+    """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0.
+
+    A group has at most `pairs` of these; None: one of every two completions.
+    """
+    b, p = len(groups), math.comb(completions, 2) if pairs is None else pairs
+    judged = np.zeros((b, p, 2), np.int32)
     weights, margins = np.zeros((b, p), np.float32), np.zeros((b, p), np.float32)
     for i, group in enumerate(groups):
         n = len(group.pairs)
-        pairs[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
+        judged[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
         weights[i, :n] = 1
         margins[i, :n] = group.margins
     stacked = stack(groups, pad_id=pad_id, completions=completions, length=length)
-    return PreferenceBatch(*stacked, pairs, weights, margins, _ref_logps(groups, completions))
+    return PreferenceBatch(*stacked, judged, weights, margins, _ref_logps(groups, completions))
 
 
 def batch_thumbs(rows: Sequence[Liked], *, pad_id: int, completions: int, length: int) -> ThumbBatch:

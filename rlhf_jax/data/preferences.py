@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ class PreferenceGroup:
     pairs: tuple[tuple[int, int], ...]  # (winner, loser), indices into completions
     margins: tuple[float, ...]  # one a pair
     source: str
+    annotators: tuple[str, ...] = ()  # who judged, one a pair; empty where that is not known
     ref_logps: tuple[float, ...] = ()  # of each completion under a reference, where that was read
 
     def rows(self) -> list[list[int]]:
@@ -46,6 +48,17 @@ class PreferenceGroup:
     def tells(self) -> bool:
         """Whether the completions of some pair differ; else there is nothing to prefer."""
         return any(self.completion_tokens[a] != self.completion_tokens[b] for a, b in self.pairs)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """How many others were preferred to each completion: 0 is the best, equal ones tie."""
+        return tuple(sum(loser == i for _, loser in self.pairs) for i in range(len(self.completions)))
+
+    @property
+    def settled(self) -> tuple[tuple[int, int], ...]:
+        """The pairs that more annotators judged so than the other way round, each once."""
+        votes = Counter(self.pairs)
+        return tuple(pair for pair, count in votes.items() if count > votes[pair[1], pair[0]])
 
     def cut(self, length: int) -> "PreferenceGroup":
         """The same in rows of at most `length` tokens: the prompt, which all share, loses what follows its first token,

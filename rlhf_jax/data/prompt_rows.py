@@ -87,13 +87,20 @@ def select_prompts(
 
 
 class Prompts:
-    """Endless batches of prompts and their rows, see `endless`; a `Cursor`."""
+    """Endless batches of prompts and their rows, see `endless`; a `Cursor`.
 
-    def __init__(self, rows: Sequence[PromptRow], *, length: int, pad_id: int, batch_size: int, seed: int) -> None:
+    Each prompt stands `copies` times in its batch, one beside the other; `batch_size` counts them all.
+    """
+
+    def __init__(
+        self, rows: Sequence[PromptRow], *, length: int, pad_id: int, batch_size: int, seed: int, copies: int = 1
+    ) -> None:
         def batch(rows: Sequence[PromptRow]) -> tuple[PromptBatch, list[PromptRow]]:
-            return pad_left([row.tokens for row in rows], length=length, pad_id=pad_id), list(rows)
+            copied = [row for row in rows for _ in range(copies)]
+            return pad_left([row.tokens for row in copied], length=length, pad_id=pad_id), copied
 
-        self._batches = iter(endless(rows, seed=seed).batch(batch_size, batch_fn=batch).to_iter_dataset(READ))
+        different = batch_size // copies
+        self._batches = iter(endless(rows, seed=seed).batch(different, batch_fn=batch).to_iter_dataset(READ))
 
     def __next__(self) -> tuple[PromptBatch, list[PromptRow]]:
         return next(self._batches)

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_jax.data import formats
 from rlhf_jax.data.fields import Fields
-from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb
+from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb, Votes
 from rlhf_jax.data.hf_files import HuggingFaceTable
 from rlhf_jax.data.sources import TFDS, FromStage, HuggingFace, Jsonl, Mixture, Source, describe
 from rlhf_jax.data.splits import Span, overlap, resolve
@@ -107,6 +107,11 @@ def read_stepwise(source: Source) -> Split[Stepwise]:
     return join(source, read(source, formats.stepwise))
 
 
+def read_votes(source: Source) -> Split[Votes]:
+    """What several annotators said of two completions, see `formats.votes`."""
+    return join(source, read(source, formats.votes))
+
+
 def read_texts(source: Source) -> Split[Text]:
     """Texts, with labels where they have them, see `formats.text`."""
     return join(source, read(source, formats.text))
@@ -157,7 +162,8 @@ def _read_part(source: Part, parse: Callable[[Fields], T]) -> Rows[T]:
     table = open_table(source)
 
     def parsed(split: str) -> list[T]:
-        return [parse(Fields(place, row, source.fields)) for place, row in _located(table, split, source)]
+        rows = (Fields(place, row, source.fields) for place, row in _located(table, split, source))
+        return [parse(row) for row in (_at_least(list(rows), source) if source.least else rows)]
 
     if not isinstance(source.heldout, str):
         rows, merged = _unique(parsed(source.split))
@@ -166,6 +172,16 @@ def _read_part(source: Part, parse: Callable[[Fields], T]) -> Rows[T]:
     heldout, twice = _unique(parsed(source.heldout))
     train, merged = _unique(parsed(source.split))
     return _without(Rows(source, train, heldout, merged + twice), {_key(row) for row in heldout})
+
+
+def _at_least(rows: list[Fields], source: Part) -> list[Fields]:
+    """The rows whose numbers are not below those that the source asks for; UserError where none is left."""
+    for name, least in source.least.items():
+        numbers = [row.number(name) for row in rows]
+        if rows and max(numbers) < least:
+            raise UserError(f"{describe(source)}: least={dict(source.least)}: the largest {name!r} is {max(numbers):g}")
+        rows = [row for row, number in zip(rows, numbers, strict=True) if number >= least]
+    return rows
 
 
 def _located(table: Table, split: str, source: Part) -> Iterator[Located]:

@@ -21,6 +21,8 @@ class Selection:
     "turns.*.text" reach into lists and objects."""
     heldout: float | str = 0.05
     """What is held out for evaluation: a share of the rows, the last ones, or a split of its own such as "test"."""
+    least: Mapping[str, float] = field(default_factory=dict)
+    """Least numbers of fields, by TRL's names: {"score": 0.5} leaves out the rows whose score is below."""
     min_tokens: int = 0
     """Rows of fewer tokens, special ones included, are dropped."""
     max_tokens: int | None = None

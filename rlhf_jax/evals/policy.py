@@ -18,6 +18,8 @@ from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.rewards.ensemble import Ensemble
+from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.host import Texts
 from rlhf_jax.sampling import Sampler
 from rlhf_jax.types import Key, Params, Rollout
@@ -37,7 +39,7 @@ class Row:
     completion: str
     tokens: tuple[int, ...]  # of the completion, EOS included
     ended: bool
-    readings: dict[str, float]  # "kl" (Σ k1, nats), "score" (the reward's), and one a judge
+    readings: dict[str, float]  # "kl" (Σ k1, nats), "score" (the reward's; "uncertainty" its ensemble's), one a judge
 
     def to_json(self, when: str, step: int) -> dict[str, Any]:
         """As it stands in samples.jsonl."""
@@ -62,6 +64,7 @@ class PolicyEvaluation:
         key: Key,
         *,
         reward: Params | Scorer,
+        ensemble: Ensemble | None = None,
         judges: Mapping[str, Judge],
         temperature: float,
     ) -> None:
@@ -69,20 +72,26 @@ class PolicyEvaluation:
         self._prompts, self._key, self._judges = prompts, key, judges
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
 
-        def readings(params: Params, reference: Params, network: Params, rollout: Rollout) -> dict[str, Array]:
+        def readings(params: Params, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
+            scores = read_reward(spec, network, ensemble, rollout.tokens, rollout.mask) if network else {}
+            if reference is None:
+                return scores
             ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)
             logps = rollout.logps
             if sampler.sampling.temperature != temperature:
                 logps = rollout_logps(spec, params, rollout, temperature=temperature)
-            scores = {"score": models.score(spec, network, rollout.tokens, rollout.mask)} if network else {}
             return {"kl": (logps - ref_logps).sum(-1), **scores}
 
         self._readings = jax.jit(readings)
 
     def __call__(self, params: Params, reference: Params) -> list[Row]:
         """A row a prompt, in the prompts' order."""
+        return self.read(params, reference, self._prompts, self._key)
+
+    def read(self, params: Params, reference: Params | None, prompts: Sequence[PromptRow], key: Key) -> list[Row]:
+        """The same of other prompts, with another key; without a reference no KL is read."""
         rows: list[Row] = []
-        for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in self._prompts], self._key):
+        for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in prompts], key):
             with sharding.scope(self._mesh):
                 readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
             host, first = hosts.fetch(rollout), len(rows)
@@ -93,8 +102,8 @@ class PolicyEvaluation:
                 is_ended = self._tokenizer.eos_id in tokens
                 rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
-                new, prompts = rows[first:], self._prompts[first : first + count]
-                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(prompts, new, strict=True)]
+                new, asking = rows[first:], prompts[first : first + count]
+                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(asking, new, strict=True)]
                 self._add(new, "score", hosts.by_rows(self._scorer, asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():
@@ -115,7 +124,7 @@ def rollout_logps(spec: ModelSpec, params: Params, rollout: Rollout, *, temperat
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
-    """Means before and after; distinct-2 over equal token counts; the sequence KL of the later policy."""
+    """Means before and after; distinct-2 over equal token counts; where it was read, the later policy's sequence KL."""
     figures: dict[str, float] = {}
     tokens = equal_tokens([row.tokens for row in before], [row.tokens for row in after])
     for when, rows in (("before", before), ("after", after)):
@@ -124,7 +133,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
                 figures[f"{name}_{when}"] = float(np.mean([row.readings[name] for row in rows]))
         figures[f"distinct2_{when}"] = distinct_n([row.tokens for row in rows], n=2, tokens=tokens)
         figures[f"length_{when}"] = float(np.mean([len(row.tokens) for row in rows]))
-    figures["seq_kl"] = float(np.mean([row.readings["kl"] for row in after]))
+    if "kl" in after[0].readings:
+        figures["seq_kl"] = float(np.mean([row.readings["kl"] for row in after]))
     return figures
 
 

@@ -1,4 +1,6 @@
-"""A reward model on held-out comparisons: how well it ranks, how honest it is, whether it counts length."""
+"""A reward model on held-out comparisons: how well it ranks, how honest it is, whether it counts length, and whom it
+agrees with.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from jaxtyping import Float
 
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reviews import Review
+from rlhf_jax.evals.bootstrap import interval, mean_of, with_interval
 from rlhf_jax.evals.preferences import PairReport, evaluate_pairs
 from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
@@ -18,6 +21,7 @@ from rlhf_jax.interop.tokenizers import Tokenizer
 _MOST_TEXTS = 2_000  # all pairs of them are compared
 
 ScoreRows = Callable[[Sequence[Sequence[int]]], np.ndarray]
+"""Rows of tokens to a score each."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,57 @@ class RewardReport:
     scores: Float[np.ndarray, " m"]
     lengths: Float[np.ndarray, " m"]  # of the completions, in tokens
     margins: Float[np.ndarray, " n"]
+    prompts: tuple[str, ...]  # one a pair
+    annotators: tuple[str | None, ...]  # of the pairs as they were judged, one by one
+    agreed: Float[np.ndarray, " a"]  # whether the scores agree with each of these; ½ for a tie
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the accuracy, 95%, by the bootstrap over prompts."""
+        return interval(mean_of(_won(self.margins)), self.prompts)
+
+    def by_annotator(self) -> dict[str, dict[str, float]]:
+        """How often the scores agree with each annotator, where rows say who judged."""
+        names = sorted({name for name in self.annotators if name is not None})
+        own = {name: self.agreed[[who == name for who in self.annotators]] for name in names}
+        return {name: {"n": len(agreed), "accuracy": float(agreed.mean())} for name, agreed in own.items()}
 
 
 def evaluate_groups(score: ScoreRows, groups: Sequence[PreferenceGroup]) -> RewardReport:
-    """Score every completion once, and compare the pairs."""
-    rows, lengths, pairs = [], [], []
+    """Score every completion once, and compare the pairs; where annotators differ, what most of them said."""
+    rows, lengths, pairs, prompts, single, annotators = [], [], [], [], [], []
     for group in groups:
-        pairs += [(len(rows) + winner, len(rows) + loser) for winner, loser in group.pairs]
+        settled = group.settled
+        pairs += [(len(rows) + winner, len(rows) + loser) for winner, loser in settled]
+        single += [(len(rows) + winner, len(rows) + loser) for winner, loser in group.pairs]
+        annotators += group.annotators or (None,) * len(group.pairs)
+        prompts += [group.prompt] * len(settled)
         rows += group.rows()
         lengths += [len(tokens) for tokens in group.completion_tokens]
     scores, counts = score(rows), np.asarray(lengths, np.float32)
-    winners, losers = np.asarray(pairs, np.int64).reshape(-1, 2).T
+    (winners, losers), (ups, downs) = (np.asarray(some, np.int64).reshape(-1, 2).T for some in (pairs, single))
     report = evaluate_pairs(scores[winners], scores[losers], scores=scores, lengths=counts)
-    return RewardReport(report, scores, counts, scores[winners] - scores[losers])
+    margins, agreed = scores[winners] - scores[losers], _won(scores[ups] - scores[downs])
+    return RewardReport(report, scores, counts, margins, tuple(prompts), tuple(annotators), agreed)
+
+
+def evaluate_best(scores: np.ndarray, groups: Sequence[PreferenceGroup]) -> dict[str, float]:
+    """best_accuracy: how often the completion that scores highest is one of the best of its group.
+
+    Its baseline is a constant's, which picks any. `scores` are of all completions, group by group.
+    """
+    ends = np.cumsum([len(group.completions) for group in groups])[:-1]
+    best = [np.asarray(group.ranks) == 0 for group in groups]
+    picked = [float(own[part.argmax()]) for own, part in zip(best, np.split(scores, ends), strict=True)]
+    prompts = [group.prompt for group in groups]
+    return {
+        **with_interval("best_accuracy", mean_of(picked), prompts, intervals=True),
+        "best_accuracy_baseline": float(np.mean([own.mean() for own in best])),
+    }
+
+
+def _won(margins: np.ndarray) -> np.ndarray:
+    return (np.sign(margins) + 1) / 2
 
 
 def review_accuracy(
@@ -64,13 +106,18 @@ def review_accuracy(
     }
 
 
-def write_evaluation(path: Path, report: RewardReport, external: dict[str, Any] | None) -> None:
-    """Write evaluation.json for the report: the figures, the calibration bins, every score, length and margin."""
-    body = {
+def comparisons_json(report: RewardReport) -> dict[str, Any]:
+    """For the report: the figures, the calibration bins, every score, length and margin."""
+    return {
         **report.pairs.to_json(),
+        "interval": list(report.interval),
+        "annotators": report.by_annotator(),
         "scores": report.scores.tolist(),
         "lengths": report.lengths.astype(int).tolist(),
         "margins": report.margins.tolist(),
-        "external": external,
     }
-    write_whole(path, json.dumps(body) + "\n")
+
+
+def write_evaluation(path: Path, body: dict[str, Any], external: dict[str, Any] | None) -> None:
+    """Write evaluation.json; `external` is `review_accuracy`'s."""
+    write_whole(path, json.dumps({**body, "external": external}) + "\n")

@@ -73,6 +73,8 @@ def load_stage(
     model, folder = stage_model(workdir, classes), workdir / stage / "params"
     mesh = sharding.single_device_mesh() if mesh is None else mesh
     spec, has_head = model.spec, _has_head(folder)
+    if has_head and len(_stored(folder)["head"]["kernel"].shape) > 1:
+        raise UserError(f"{folder}: an ensemble of reward models, not one network; `rlhf-jax score` reads such a stage")
     init = partial(models.init_with_head, spec) if has_head else lambda key: lora.own(spec, models.init(spec, key))
     params, tokenizer = _restore(folder, init, dtype, mesh), model.tokenizer(workdir)
     if spec.lora is not None:
@@ -108,12 +110,18 @@ def _restore(folder: Path, init: Init, dtype: DType, mesh: Mesh) -> Params:
 
 
 def _has_head(folder: Path) -> bool:
+    tree = _stored(folder)
+    return "head" in tree and "trunk" in tree
+
+
+def _stored(folder: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of its arrays, by name."""
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder.resolve()).item_metadata
     except (ValueError, OSError) as error:
         raise UserError(f"{folder}: no readable checkpoint ({str(error).splitlines()[0][:200]})") from None
-    return tree is not None and "head" in tree.tree and "trunk" in tree.tree
+    return {} if tree is None else tree.tree
 
 
 def _field(value: Any, name: str, path: Path) -> Any:

@@ -5,7 +5,8 @@ shapes with an error that names the argument. The reducers of `masking` reduce t
 `fixed_length_mean`. What is no loss returns its array alone: `bellman_targets`, `perturbed_logits`, `fisher_diagonal`.
 """
 
-from rlhf_jax.losses import offline, policy, preference, regularizers, reward, supervised, unpaired, value
+from rlhf_jax.losses import distillation, offline, policy, preference, regularizers, reward, supervised, unpaired, value
+from rlhf_jax.losses.distillation import forward_kl, jensen_shannon, reverse_kl
 from rlhf_jax.losses.offline import (
     bellman_targets,
     conservative,
@@ -87,6 +88,7 @@ __all__ = [
     "cpo",
     "cross_entropy",
     "discopop",
+    "distillation",
     "dpo",
     "elastic_weight_consolidation",
     "entropy_bonus",
@@ -94,12 +96,14 @@ __all__ = [
     "expectile",
     "f_dpo",
     "fisher_diagonal",
+    "forward_kl",
     "gmpo",
     "gspo",
     "gspo_token",
     "hinge",
     "ilql",
     "ipo",
+    "jensen_shannon",
     "k_wise",
     "kto",
     "kto_kl_baseline",
@@ -119,6 +123,7 @@ __all__ = [
     "q_regression",
     "regularizers",
     "reinforce",
+    "reverse_kl",
     "reward",
     "robust_dpo",
     "scalar_rating",

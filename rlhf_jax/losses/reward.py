@@ -81,39 +81,45 @@ def plackett_luce(
 
 @typed
 def k_wise(
-    scores: Float[ArrayLike, "*b k"], ranks: Int[ArrayLike, "*b k"]
+    scores: Float[ArrayLike, "*b k"], ranks: Int[ArrayLike, "*b k"], where: Bool[ArrayLike, "*b k"] | None = None
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """Bradley-Terry over all pairs of K completions: −1/C(K, 2) Σ_{rank i < rank j} log σ(r_i − r_j).
 
     Ouyang et al. 2022 (InstructGPT), eq. 1. Rank 0 is best, and equal ranks make no pair; the weight stays 1/C(K, 2).
-    Diagnostics: `accuracy`, the share of the pairs that are in the right order. Raises ValueError if K < 2.
+    `where` keeps the completions that exist, K being their number; fewer than two have no loss. Diagnostics:
+    `accuracy`, the share of the pairs that are in the right order. Raises ValueError if k < 2.
 
     >>> k_wise(jnp.array([0.0, 1.0, 5.0]), jnp.array([1, 0, 1]))[0]
     Array(1.4438, dtype=float32)
     """
     k = scores.shape[-1]
     require("k", k, "[2, inf)")
-    ranks, scores = jnp.asarray(ranks), as_float(scores)
+    kept = jnp.ones(scores.shape, bool) if where is None else jnp.asarray(where)
+    ranks, scores = jnp.asarray(ranks), keep(scores, kept)
     difference = scores[..., :, None] - scores[..., None, :]
-    pair = ranks[..., :, None] < ranks[..., None, :]
+    pair = (ranks[..., :, None] < ranks[..., None, :]) & kept[..., :, None] & kept[..., None, :]
     right = jnp.sum(pair & (difference > 0), axis=(-2, -1)) / jnp.maximum(pair.sum((-2, -1)), 1)
-    loss = keep(-log_sigmoid(difference), pair).sum((-2, -1)) / (k * (k - 1) / 2)
+    count = kept.sum(-1, dtype=scores.dtype)
+    loss = keep(-log_sigmoid(difference), pair).sum((-2, -1)) / jnp.maximum(count * (count - 1) / 2, 1)
     return loss, {"accuracy": right.astype(loss.dtype)}
 
 
 @typed
 def best_of_k(
-    scores: Float[ArrayLike, "*b k"], best: Int[ArrayLike, "*b"]
+    scores: Float[ArrayLike, "*b k"], best: Int[ArrayLike, "*b"], where: Bool[ArrayLike, "*b k"] | None = None
 ) -> tuple[Float[Array, "*b"], dict[str, Float[Array, "*b"]]]:
     """The softmax cross-entropy of the completion that was picked: −log (exp r_best / Σ_i exp r_i).
 
-    Ziegler et al. 2019, eq. 1, with K = 4 there. Diagnostics: `accuracy`, 1 if the picked one scores highest.
+    Ziegler et al. 2019, eq. 1, with K = 4 there. `where` keeps the completions that exist, of which the picked one is
+    one. Diagnostics: `accuracy`, 1 if the picked one scores highest.
 
     >>> best_of_k(jnp.array([0.0, 0.0, 0.0, 0.0]), jnp.array(2))[0]
     Array(1.3863, dtype=float32)
     """
-    loss = -token_logps(scores, best)
-    return loss, {"accuracy": (jnp.asarray(scores).argmax(-1) == best).astype(loss.dtype)}
+    kept = jnp.ones(scores.shape, bool) if where is None else jnp.asarray(where)
+    scores = jnp.where(kept, as_float(scores), EXCLUDED)
+    loss = keep(-token_logps(scores, best), kept.any(-1))
+    return loss, {"accuracy": (scores.argmax(-1) == best).astype(loss.dtype)}
 
 
 @typed

@@ -47,6 +47,18 @@ def score(
     return _head(params, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
 
 
+def scores_at(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Int[ArrayLike, "b t"],
+    mask: Bool[ArrayLike, "b t"],
+    ends: Int[ArrayLike, "b s"],
+) -> Float[Array, "b s"]:
+    """The head's outputs at some tokens of each row, such as those that end its steps; float32, for any padding."""
+    states = transformer.hidden(spec, params["trunk"], tokens, mask)
+    return _head(params, jnp.take_along_axis(states, jnp.asarray(ends)[..., None], axis=1))
+
+
 def values(
     spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
 ) -> Float[Array, "b t"]:

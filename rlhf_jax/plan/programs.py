@@ -10,22 +10,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
+    best_of_n,
     constitutional,
+    distill,
     iterations,
+    policy,
     ppo,
     preference,
     pretrain,
+    pretraining_mix,
     reward_model,
     sft,
     supervised,
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -40,7 +46,7 @@ from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
-from rlhf_jax.types import Params, PreferenceBatch, Rollout, ThumbBatch
+from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
 ENDS = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
@@ -98,7 +104,8 @@ def programs(experiment: Experiment, mesh: Mesh, *, spec: ModelSpec | None = Non
     spec = experiment.model.spec if spec is None else spec
     dtype = experiment.model.dtype if isinstance(experiment.model, FromPretrained) else "float32"
     model = Pretrained(spec, _as_loaded(spec, dtype), None)
-    context = Shapes(Path(), experiment.seed, mesh, model, experiment.data)
+    ensembles = reward_model.ensembles(experiment.stages)
+    context = Shapes(Path(), experiment.seed, mesh, model, experiment.data, ensembles=ensembles)
     found: list[Program] = []
     for name, config in experiment.stages.items():
         if type(config) not in BUILDERS:
@@ -132,16 +139,26 @@ def _supervised(config: supervised.SupervisedConfig, context: Context, name: str
 
 
 def _reward_model(config: reward_model.Config, context: Context, name: str) -> Iterator[Program]:
-    state, step = reward_model.start(config, context, name)
-    # How many completions a source's ranked rows have only they know: two are planned for.
+    # What only the rows know is guessed: two ranked completions, a rating's five levels, eight steps.
+    shares = np.full(5, 0.2) if config.loss == "ordinal_rating" else None
+    state, step = reward_model.start(config, context, name, shares)
     k = config.pairs.completions if isinstance(config.pairs, SampledPairs) else 2
-    b, p = config.batch_size, math.comb(k, 2)
-    rows, pairs = (b, k, config.length), (b, p)
-    mask, weights = _batch(context, rows, jnp.bool_), _batch(context, pairs, jnp.float32)
-    tokens, judged = _batch(context, rows, jnp.int32), _batch(context, (*pairs, 2), jnp.int32)
-    batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, _batch(context, (b, k), jnp.float32))
+    ensemble = config.ensemble
+    b = (config.batch_size, *((ensemble.members,) if ensemble is not None and ensemble.own_rows else ()))
+
+    def of(*shape: int, dtype: Any) -> Any:
+        return _batch(context, (*b, *shape), dtype)
+
+    if config.loss in reward_model.ORDERS:
+        tokens, mask = (of(k, config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        weights, judged = of(math.comb(k, 2), dtype=jnp.float32), of(math.comb(k, 2), 2, dtype=jnp.int32)
+        batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, of(k, dtype=jnp.float32))
+    else:
+        tokens, mask = (of(config.length, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        places = 8 if config.loss == "process_bce" else 1
+        batch = JudgedBatch(tokens, mask, *(of(places, dtype=dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)))
     args = (state, batch, context.head_base)
-    yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(rows))
+    yield Program(name, "train", step, args, _roles(context.head_base, state), config.steps, math.prod(tokens.shape))
 
 
 def _preference(config: preference.Config, context: Context, name: str) -> Iterator[Program]:
@@ -165,16 +182,29 @@ def _preference(config: preference.Config, context: Context, name: str) -> Itera
 
 
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
-    spec, b, p, n = context.spec, config.batch_size, config.prompt_length, config.completion_tokens
+    algorithm = ppo.Algorithm(config, context.spec, **ENDS)
+    state = ppo.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+
+
+def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = policy.Algorithm(config, context.spec, **ENDS)
+    state = policy.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
+def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
+    config = algorithm.config
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    algorithm = ppo.Algorithm(config, spec, **ENDS)
-    state = ppo.initial_state(algorithm, context, name)
-    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
+    if config.ptx is not None:
+        frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
-    kept = _roles(frozen, state.policy, state.critic)
+    kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
     for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
@@ -222,6 +252,25 @@ def _constitutional(config: constitutional.Config, context: Context, name: str) 
         yield _decode(context, name, what, params, sizes, config.sampling, batches * times)
 
 
+def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterator[Program]:
+    sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
+    calls = sum(math.ceil(n * config.n / config.batch_size) for n in (config.prompts, config.evaluation_prompts))
+    decode = _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
+    reward = context.network(config.reward) if isinstance(config.reward, str) else {}
+    yield dataclasses.replace(decode, roles={**decode.roles, "frozen": reward})
+
+
+def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Program]:
+    b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
+    state, step = distill.start(config, context, name)
+    teacher, rows = context.policy(config.teacher), functools.partial(_batch, context, (b, p + n))
+    rollout = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
+    roles = _roles((context.base, teacher), state)
+    yield Program(name, "train", step, (state, rollout, context.base, teacher), roles, config.steps, b * (p + n))
+    calls = config.steps + 3 * math.ceil(config.evaluation_prompts / b)  # student before and after, teacher
+    yield _decode(context, name, "decode", teacher, (b, p, n), config.sampling, calls)
+
+
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
@@ -230,6 +279,9 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     ppo.Config: _ppo,
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
+    policy.Config: _policy,
+    best_of_n.Config: _best_of_n,
+    distill.Config: _distill,
 }
 """What makes the programs of each kind of stage."""
 

@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals.preferences import accuracy_interval, pearson
 from rlhf_jax.report import canvas
 from rlhf_jax.report.canvas import BY_STEP, GRID, INK, MUTED, PALETTE, WHEN
-from rlhf_jax.report.labels import label
+from rlhf_jax.report.labels import JUDGED, label
 from rlhf_jax.report.workdir import Stage, columns_of, number, read_run
 
 
@@ -32,7 +32,7 @@ def stage_panels(stage: Stage) -> list[Panel]:
     makers: Sequence[Callable[[Stage], Panel | None]] = (
         loss, accuracy, path, frontier("score"), frontier("gold"), before_after("score"), before_after("gold"),
         before_after("vader"), before_after("length"), length_by_step, score_by_length, reliability, margins,
-        heldout_score_by_length,
+        heldout_score_by_length, best_of_n,
     )  # fmt: skip
     return [made for made in (make(stage) for make in makers) if made is not None]
 
@@ -85,20 +85,25 @@ def loss(stage: Stage) -> Panel | None:
     """Training loss and held-out loss by step."""
     pairs = bool({"heldout_log_loss", "accuracy"} & set(stage.metrics))
     heldout_name = "heldout_log_loss" if pairs else "heldout_loss"
-    return _train_and_heldout(
-        stage, "loss", "loss", heldout_name, "Loss", f"loss (nats per {'pair' if pairs else 'token'})"
-    )
+    each = _judged(stage) if pairs else "token"
+    return _train_and_heldout(stage, "loss", "loss", heldout_name, "Loss", f"loss (nats per {each})")
 
 
 def accuracy(stage: Stage) -> Panel | None:
-    """Accuracy on the pairs of the batch and on held-out ones by step."""
-    made = _train_and_heldout(
-        stage, "accuracy", "accuracy", "heldout_accuracy", "Accuracy on pairs", "accuracy (share of pairs)"
-    )
+    """Accuracy on what was judged in the batch and on what is held out by step."""
+    each = _judged(stage)
+    title, axis = f"Accuracy on {each}s", f"accuracy (share of {each}s)"
+    made = _train_and_heldout(stage, "accuracy", "accuracy", "heldout_accuracy", title, axis)
     if made is not None:
         ax = made.figure.axes[0]
         ax.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
     return made
+
+
+def _judged(stage: Stage) -> str:
+    """What a stage's loss is a mean over."""
+    name = stage.config.get("loss")
+    return JUDGED.get(name, "pair") if isinstance(name, str) else "pair"
 
 
 def _train_and_heldout(stage: Stage, key: str, train: str, heldout: str, title: str, y: str) -> Panel | None:
@@ -301,6 +306,28 @@ def margins(stage: Stage) -> Panel | None:
     low, high = accuracy_interval(won * len(values), len(values))
     caption = f"{won:.1%} of {len(values)} pairs lie right of 0 (95% interval {low:.1%} to {high:.1%})."
     return Panel("margins", "Margins of held-out pairs", caption, figure)
+
+
+def best_of_n(stage: Stage) -> Panel | None:
+    """What the best of n completions is worth against its KL, with 95% intervals over prompts."""
+    points = stage.evaluation.get("best_of_n") or []
+    curves = {name: columns_of(points, "n", "kl", name, f"{name}_low", f"{name}_high") for name in ("score", "gold")}
+    curves = {name: columns for name, columns in curves.items() if columns.shape[1]}
+    if not curves:
+        return None
+    figure, axes = canvas.panel(height=1.55 * len(curves) + 0.6, rows=len(curves))
+    ends = []
+    for ax, (name, (counts, kl, values, low, high)) in zip(axes, curves.items(), strict=True):
+        errors = np.clip([values - low, high - values], 0, None)
+        ax.errorbar(kl, values, errors, color=PALETTE[name], linewidth=1.2, marker="o", markersize=4, elinewidth=0.9)
+        for n, x, y in zip(counts, kl, values, strict=True):
+            ax.annotate(f"{n:.0f}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=INK)
+        canvas.name_axes(ax, None, label(name).axis.replace(" (", "\n("))
+        ends.append(f"{name} from {values[0]:.3f} to {values[-1]:.3f}")
+    canvas.name_axes(axes[-1], "KL of the best of n (nats per sequence)", None)
+    figure.align_ylabels(axes)
+    caption = f"Each dot an n, with its 95% interval over held-out prompts: {', '.join(ends)}."
+    return Panel("best-of-n", "The best of n completions", caption, figure)
 
 
 def readme_figure(workdirs: Sequence[Path], path: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.numerics import as_float, require
 from rlhf_jax.types import ArrayLike, typed
@@ -39,6 +39,31 @@ class Shaping:
     def __post_init__(self) -> None:
         require("shaping.scale", self.scale, "(-inf, inf)")
         require("shaping.clip", self.clip, "(0, inf)")
+
+
+@dataclass(frozen=True)
+class OverlongPenalty:
+    """What a completion pays for its last tokens before the limit (Yu et al. 2025, DAPO, eq. 13)."""
+
+    buffer: int = 8
+    """Tokens before the limit over which the penalty grows from 0 to `score`."""
+    score: float = -1.0
+    """The penalty of a completion that reaches the limit."""
+
+    def __post_init__(self) -> None:
+        require("overlong.buffer", self.buffer, "[1, inf)")
+        require("overlong.score", self.score, "(-inf, 0]")
+
+
+@typed
+def overlong_penalties(lengths: Int[ArrayLike, "*b"], config: OverlongPenalty, *, limit: int) -> Float[Array, "*b"]:
+    """`score` times the share of the buffer, the last tokens before `limit`, that a completion fills.
+
+    >>> overlong_penalties(jnp.array([6, 8, 9, 10]), OverlongPenalty(buffer=2), limit=10)
+    Array([-0. , -0. , -0.5, -1. ], dtype=float32)
+    """
+    filled = jnp.clip((jnp.asarray(lengths, jnp.float32) - (limit - config.buffer)) / config.buffer, 0, 1)
+    return config.score * filled
 
 
 @typed

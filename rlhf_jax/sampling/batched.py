@@ -30,8 +30,13 @@ def sampling_program(
     """`generate`, compiled, of (params, prompts [b, p], prompt_mask [b, p], key)."""
 
     def program(params: Params, tokens: Array, mask: Array, key: Key) -> Rollout:
-        ends = {"eos_id": eos_id, "pad_id": pad_id}
-        return generate(spec, params, tokens, mask, key, max_new_tokens=max_new_tokens, sampling=sampling, **ends)
+        return generate(
+            *(spec, params, tokens, mask, key),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_id=eos_id,
+            pad_id=pad_id,
+        )
 
     return jax.jit(program)
 

@@ -31,11 +31,13 @@ def generate(
     sampling: Sampling,
     eos_id: int,
     pad_id: int,
+    greedy: Bool[ArrayLike, " b"] | None = None,
 ) -> Rollout:
     """Sample a completion for each left-padded prompt: tokens, masks and the sampled tokens' log-probs.
 
     A row ends with EOS, which its completion includes, or after `max_new_tokens`. `logps` hold the temperature, but not
     top-k and top-p. What a row draws depends on the key, its index and the position alone, not on the other rows.
+    Rows of `greedy` take the most probable token each time.
 
     On a mesh rows and weights lie as its `decode` says, and the rollout as a batch does.
     """
@@ -50,7 +52,8 @@ def generate(
 
     def draw(t: Array, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, t))(row_keys)
-        return jax.vmap(draw_token)(keys, transform_logits(logits, sampling))
+        drawn = jax.vmap(draw_token)(keys, transform_logits(logits, sampling))
+        return drawn if greedy is None else jnp.where(greedy, logits.argmax(-1), drawn)
 
     def unfinished(carry: Any) -> Array:
         t, alive = carry[0], carry[1]

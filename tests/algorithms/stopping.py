@@ -1,4 +1,4 @@
-"""A PPO run that a signal stops and the same call goes on with, beside an unbroken one."""
+"""An on-policy run that a signal stops and the same call goes on with, beside an unbroken one."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from rlhf_jax.algorithms import onpolicy, ppo
 from rlhf_jax.errors import Stopped
 
 
-def check_resumption(config, whole, broken, monkeypatch, *, stop_after):
+def check_resumption(config, whole, broken, monkeypatch, *, stop_after, stage=ppo, name="ppo"):
     """Train in the context `whole` at once and in `broken` with a SIGTERM in a step; both must end the same."""
-    expected = ppo.train(config, whole, "ppo")
+    expected = stage.train(config, whole, name)
     record = onpolicy.Loop.record
 
     def interrupt(self, state, metrics, *, tokens):
@@ -23,8 +23,8 @@ def check_resumption(config, whole, broken, monkeypatch, *, stop_after):
 
     monkeypatch.setattr(onpolicy.Loop, "record", interrupt)
     with pytest.raises(Stopped):
-        ppo.train(config, broken, "ppo")
+        stage.train(config, broken, name)
     monkeypatch.setattr(onpolicy.Loop, "record", record)
-    assert ppo.train(config, broken, "ppo") == expected
-    for a, b in zip(*(jax.tree.leaves(context.policy_params("ppo")) for context in (whole, broken)), strict=True):
+    assert stage.train(config, broken, name) == expected
+    for a, b in zip(*(jax.tree.leaves(context.policy_params(name)) for context in (whole, broken)), strict=True):
         np.testing.assert_array_equal(a, b)

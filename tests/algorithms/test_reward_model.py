@@ -15,6 +15,7 @@ from rlhf_jax.data.preference_batches import batch_groups, preference_batches
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import NonFiniteError, UserError
+from rlhf_jax.evals.reward import evaluate_groups
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.sharding import MeshConfig
@@ -106,7 +107,7 @@ def test_learns_normalises_and_reports(context):
     params = context.head_params("rm")
     scores = network(params, [row for group in data.heldout for row in group.rows()])
     assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() == pytest.approx(1, abs=1e-4)
-    report = reward_model.evaluate_groups(lambda rows: network(params, rows), data.train)
+    report = evaluate_groups(lambda rows: network(params, rows), data.train)
     assert report.pairs.accuracy > 0.8  # of what it was trained on
     evaluation = json.loads((context.stage_dir("rm") / "evaluation.json").read_text())
     assert evaluation["accuracy"] == figures["accuracy"] and evaluation["n"] == len(evaluation["margins"])
@@ -184,7 +185,7 @@ def test_heldout_prompts_are_of_other_reviews_even_when_they_run_out(context):
 
 def test_scores_that_are_all_the_same_are_not_normalised(context, monkeypatch):
     monkeypatch.setattr(
-        reward_model.RewardNetwork, "__call__", lambda self, params, rows: np.ones(len(rows), np.float32)
+        reward_model.RewardNetwork, "members", lambda self, params, rows: np.ones((1, len(rows)), np.float32)
     )
     with pytest.raises(NonFiniteError, match=r"rm: all 36 scores are 1 and cannot be normalised"):
         reward_model.train(reward_model.Config(pairs=PAIRS, **CONFIG), context, "rm")

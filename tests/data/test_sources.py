@@ -292,3 +292,15 @@ class TestTexts:
         assert "train rows have one label only" in refused(lambda: check_texts(one_sided, labelled=True))
         check_texts(Jsonl(write(self.rows([0, 1] * 40), "two.jsonl")), labelled=True)
         assert "a single row is held out" in refused(load_texts, Jsonl(write(self.rows([0, 1]), "few.jsonl")))
+
+
+def test_rows_below_the_least_number_of_a_field_are_left_out(tmp_path):
+    path = tmp_path / "scored.jsonl"
+    rows = [{"prompt": f"p{i}", "completion": "c", "score": i / 10} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = read_examples(Jsonl(path, least={"score": 0.6}, heldout=0.25))
+    assert [row.prompt for row in (*kept.train, *kept.heldout)] == ["p6", "p7", "p8", "p9"]
+    with pytest.raises(UserError, match=r"scored.jsonl: least={'score': 2.0}: the largest 'score' is 0.9"):
+        read_examples(Jsonl(path, least={"score": 2.0}))
+    with pytest.raises(UserError, match="line 1: no field 'grade'"):
+        read_examples(Jsonl(path, least={"grade": 2.0}))

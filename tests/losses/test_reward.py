@@ -30,6 +30,10 @@ def integers(high, *shape):
     return lambda rng, lead: rng.integers(0, high, (*lead, *shape))
 
 
+def always_kept(rng, lead):
+    return np.full(lead, 2)
+
+
 def probabilities(rng, lead):
     return rng.uniform(0.1, 0.9, (*lead, 5))
 
@@ -46,7 +50,9 @@ class TestProperties(Properties):
         Case(plackett_luce, normal("ranked_scores")),
         Case(plackett_luce, normal("ranked_scores", where=mask_of()), label="-where"),
         Case(k_wise, normal("scores", ranks=integers(3, 5))),
+        Case(k_wise, normal("scores", ranks=integers(3, 5), where=mask_of()), label="-where"),
         Case(best_of_k, normal("scores", best=integers(5))),
+        Case(best_of_k, normal("scores", best=always_kept, where=mask_of()), label="-where"),
         Case(scalar_rating, normal("scores", "ratings")),
         Case(outcome_bce, normal("scores", labels=probabilities)),
         Case(outcome_bce, normal("scores", labels=bools), label="-bools"),
@@ -129,6 +135,19 @@ def test_where_ranks_the_completions_that_exist():
     assert diagnostics["accuracy"] == of_three["accuracy"]
     one, none = plackett_luce(scores, np.arange(5) == 2)[0], plackett_luce(scores, np.zeros(5, bool))
     assert one == 0 and none[0] == 0 and none[1]["accuracy"] == 0
+
+
+def test_where_keeps_the_completions_that_exist_in_every_loss_of_a_group():
+    scores, ranks = RNG.normal(size=5).astype(np.float32), np.array([9, 1, 0, 9, 2])
+    where = np.array([False, True, True, False, True])
+    for whole, some in (
+        (k_wise(scores, ranks, where), k_wise(scores[where], ranks[where])),
+        (best_of_k(scores, np.array(2), where), best_of_k(scores[where], np.array(1))),
+    ):
+        np.testing.assert_allclose(whole[0], some[0], rtol=1e-6)
+        assert whole[1]["accuracy"] == some[1]["accuracy"]
+    assert k_wise(scores, ranks, np.arange(5) == 2)[0] == 0  # one completion is no pair
+    assert best_of_k(scores, np.array(2), np.zeros(5, bool))[0] == 0
 
 
 def test_k_wise_is_bradley_terry_over_all_pairs():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import advantages, kl, logprobs, masking, normalizer
+from rlhf_jax import advantages, kl, logprobs, losses, masking, normalizer
 from tests.oracles.comparing import Oracle
 
 
@@ -144,6 +144,18 @@ LOGPROBS = (
 KL = (
     *(Oracle(f"kl.{name}", "openrlhf", name, per_token(name)) for name in ("k1", "k2", "k3")),
     Oracle("kl.exact", "rlax", "categorical_kl", lambda x, p: kl.exact(x.logits, x.ref_logits)),
+    Oracle(
+        "losses.distillation.reverse_kl",
+        "rlax",
+        "categorical_kl",
+        lambda x, p: losses.reverse_kl(x.logits, x.ref_logits)[0],
+    ),
+    Oracle(
+        "losses.distillation.forward_kl",
+        "rlax",
+        "categorical_kl",
+        lambda x, p: losses.forward_kl(x.ref_logits, x.logits)[0],
+    ),
     Oracle(
         "kl.exact_from_hidden",
         "rlax",

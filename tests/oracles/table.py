@@ -28,6 +28,9 @@ IDENTITIES: dict[str, str] = {
     "advantages.remax": "tests/test_advantages.py::test_remax_is_what_a_sample_has_over_the_greedy_completion",
     "kl.FixedKL": "tests/test_kl.py::test_fixed_kl_stays",
     "logprobs.ratio_deviation": "tests/test_logprobs.py::test_ratio_deviation_is_the_largest_either_way",
+    "losses.distillation.jensen_shannon": (
+        "tests/losses/test_distillation.py::test_jensen_shannon_is_the_entropy_that_mixing_adds"
+    ),
     "losses.offline.perturbed_logits": (
         "tests/losses/test_offline.py::test_the_extracted_policy_weighs_the_behaviour_policy_by_the_advantage"
     ),

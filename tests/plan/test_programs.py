@@ -1,5 +1,6 @@
 """The programs of a plan are those that a run compiles: the same text, the same memory, on eight fake devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -27,12 +28,14 @@ from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import Pretrained, Scratch
 from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.models.spec import Lora
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.plan import estimate, programs
+from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import PreferenceBatch
@@ -141,18 +144,6 @@ def test_a_reward_on_the_host_parts_the_iteration():
     assert [one.name for one in found] == ["sample", "learn", "decode"]
 
 
-@pytest.mark.parametrize(("loss", "completions"), [("dpo", 3), ("kto", 2), ("bco", 1)])
-def test_a_policy_from_judgements(loss, completions):
-    pairs = SampledPairs(policy="base", completions=3, completion_tokens=20)
-    config = preference.Config(init="base", pairs=pairs, losses=(preference.Term(loss),), reference=preference.Sync())
-    (one,) = programs.programs(experiment(stages={"x": config}), mesh := sharding.make_mesh(MESHES[0]))
-    assert one.tokens == 32 * completions * 49 and one.calls == 200
-    held = estimate.argument_bytes(one)
-    assert held["frozen"] == held["parameters"]  # the reference that follows
-    with sharding.scope(mesh):
-        assert one.function.lower(*one.args).as_text()
-
-
 def test_stages_that_make_rows_sample_and_judge():
     judge = ai_feedback.LocalJudge("sft", length=48, batch_size=16)
     feedback = {"prompt_tokens": (2, 7), "completion_tokens": 20, "batch_size": 32, "prompts": 40}
@@ -170,6 +161,41 @@ def test_stages_that_make_rows_sample_and_judge():
     with sharding.scope(sharding.make_mesh(MESHES[0])):
         for one in found:
             one.function.lower(*one.args)
+
+
+@pytest.mark.parametrize(("loss", "completions"), [("dpo", 3), ("kto", 2), ("bco", 1)])
+def test_a_policy_from_judgements(loss, completions):
+    pairs = SampledPairs(policy="base", completions=3, completion_tokens=20)
+    config = preference.Config(init="base", pairs=pairs, losses=(preference.Term(loss),), reference=preference.Sync())
+    (one,) = programs.programs(experiment(stages={"x": config}), mesh := sharding.make_mesh(MESHES[0]))
+    assert one.tokens == 32 * completions * 49 and one.calls == 200
+    held = estimate.argument_bytes(one)
+    assert held["frozen"] == held["parameters"]  # the reference that follows
+    with sharding.scope(mesh):
+        assert one.function.lower(*one.args).as_text()
+
+
+KINDS = {
+    "rated": reward_model.Config(loss="ordinal_rating", pairs=Jsonl("rows"), completion_tokens=20, length=32),
+    "steps": reward_model.Config(loss="process_bce", pairs=Jsonl("rows"), completion_tokens=20, length=32),
+    "models": reward_model.Config(loss="k_wise", length=64, ensemble=Ensemble(members=3)),
+    "heads": reward_model.Config(length=64, ensemble=Ensemble(members=3, of="heads")),
+}
+
+
+def test_reward_models_of_every_kind_can_be_planned():
+    mesh = sharding.make_mesh(MESHES[0])
+    stages = {name: dataclasses.replace(config, init="base") for name, config in KINDS.items()}
+    pairs = SampledPairs(policy="base")
+    stages |= {name: dataclasses.replace(stages[name], pairs=pairs) for name in ("models", "heads")}
+    found = {one.stage: one for one in programs.programs(experiment(stages=stages), mesh)}
+    for name, one in found.items():
+        with sharding.scope(mesh):
+            assert one.function.lower(*one.args).as_text(), name
+    assert found["rated"].tokens == 32 * 32 and found["steps"].args[1].ends.shape == (32, 8)
+    assert found["models"].args[1].tokens.shape == (32, 3, 4, 64) and found["heads"].tokens == 32 * 4 * 64
+    sizes = {name: programs.device_bytes(one.roles["parameters"]) for name, one in found.items()}
+    assert 2.9 < sizes["models"] / sizes["steps"] <= 3 and sizes["heads"] < 1.1 * sizes["steps"]
 
 
 def test_pretraining_is_known_and_another_stage_is_named():

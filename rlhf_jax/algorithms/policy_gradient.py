@@ -1,0 +1,308 @@
+"""What PPO and the methods without a critic share of an iteration: its fields, sampling, scoring, minibatches.
+
+Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import kl, masking, models
+from rlhf_jax.algorithms import iterations, pretraining_mix
+from rlhf_jax.algorithms.context import Context, check_field, check_positive
+from rlhf_jax.algorithms.iterations import Behaviour, Frozen
+from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
+from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
+from rlhf_jax.data.prompts import PromptBatch
+from rlhf_jax.data.sources import Data
+from rlhf_jax.data.texts import check_texts
+from rlhf_jax.kl import AdaptiveKL, FixedKL
+from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.numerics import require
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.placement import Colocated
+from rlhf_jax.rewards.ensemble import reward as read_reward
+from rlhf_jax.rewards.shaping import Shaping
+from rlhf_jax.sampling import ended, generate
+from rlhf_jax.train_step import in_parts, keep_if, make_train_step
+from rlhf_jax.types import Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
+
+_TEXTS = 2**31 - 2  # of a step's keys: no microbatch has this index
+
+
+@dataclass(frozen=True)
+class PolicyGradientConfig(OnPolicyConfig):
+    """Fields of the stages whose policy learns from rewards of its own completions, a few minibatches of each."""
+
+    epochs: int = 4
+    """Passes over an iteration's rollouts."""
+    minibatches: int = 4
+    """Optimiser steps a pass."""
+    num_microbatches: int = 1
+    """Parts that a minibatch's gradient is accumulated over; scoring is done in `minibatches` times as many."""
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4))
+    """The policy's."""
+    kl: FixedKL | AdaptiveKL = field(default_factory=FixedKL)
+    """Price of KL to the reference."""
+    shaping: Shaping = field(default_factory=Shaping)
+    """Scaling, clipping, EOS penalty and whitening of rewards."""
+    gamma: float = 1.0
+    """Discount a token."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    stop_at_kl: float | None = None
+    """Ends an iteration's policy updates where the KL to the policy it began with exceeds this, in nats a token."""
+    ptx: PretrainingMix | None = None
+    """Texts of the experiment that the policy learns beside its rollouts: PPO-ptx."""
+    average: float | None = None
+    """Decay of a moving average of the policy's parameters over iterations, which is what the stage ends with."""
+    exact_kl_rows: int = 32
+    """Completions an iteration whose KL is also summed over the whole vocabulary."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "epochs", "minibatches", "num_microbatches", "exact_kl_rows")
+        if self.batch_size % self.parts:
+            raise ValueError(
+                f"batch_size={self.batch_size} must divide by minibatches × num_microbatches = "
+                f"{self.minibatches} × {self.num_microbatches} = {self.parts}"
+            )
+        if isinstance(self.kl, AdaptiveKL) and self.batch_size >= 5 * self.kl.horizon:
+            raise ValueError(f"kl.horizon={self.kl.horizon} must be over a fifth of batch_size={self.batch_size}")
+        if self.exact_kl_rows > self.batch_size:
+            raise ValueError(f"exact_kl_rows={self.exact_kl_rows} must be at most batch_size={self.batch_size}")
+        for name, interval in (
+            ("gamma", "[0, 1]"),
+            ("entropy_coef", "[0, inf)"),
+            ("stop_at_kl", "(0, inf)"),
+            ("average", "(0, 1)"),
+        ):
+            require(name, vars(self)[name], interval)
+        if self.ptx is not None and self.ptx.batch_size % self.num_microbatches:
+            raise ValueError(
+                f"ptx.batch_size={self.ptx.batch_size} must divide by num_microbatches={self.num_microbatches}"
+            )
+        if self.ptx is not None and self.placement != Colocated():
+            raise ValueError("ptx needs placement=Colocated() without offload")
+
+    def check_inputs(self, data: Data) -> None:
+        """The experiment's texts too, where the policy learns them."""
+        super().check_inputs(data)
+        if self.ptx is not None:
+            check_field("ptx", lambda: check_texts(data, labelled=False))
+
+    def lengths(self) -> dict[str, int]:
+        """A row of text too."""
+        return super().lengths() | ({} if self.ptx is None else {"ptx.row_length": self.ptx.row_length})
+
+    @property
+    def parts(self) -> int:
+        """How many parts of a batch are scored one after another."""
+        return self.minibatches * self.num_microbatches
+
+    def batch_sizes(self) -> dict[str, int]:
+        """A microbatch of a minibatch."""
+        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts}
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole stage."""
+        return self.steps * self.epochs * self.minibatches
+
+
+class PolicyGradient(ABC):
+    """An iteration but for what is learnt from a scored rollout; the config fixes shapes and choices."""
+
+    def __init__(self, config: Any, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
+        self.config, self.spec, self.eos_id, self.pad_id = config, spec, eos_id, pad_id
+        self.policy_optimizer = config.optimizer.make(config.updates)
+        loss_fn = self.policy_loss()
+        if config.ptx is not None:
+            loss_fn = pretraining_mix.with_texts(loss_fn, spec, config.ptx)
+        self.policy_step = make_train_step(loss_fn, self.policy_optimizer, num_microbatches=config.num_microbatches)
+
+    @abstractmethod
+    def policy_loss(self) -> LossFn:
+        """Of a minibatch."""
+
+    @abstractmethod
+    def improve(self, state: Any, frozen: Frozen, rollout: Rollout, metrics: Metrics) -> tuple[Any, Metrics, Rollout]:
+        """Update by a scored rollout; the scoring's `metrics` stand in those given back."""
+
+    def frozen(self, context: Context) -> Frozen:
+        """Reference, reward model, what lies under adapters, and texts where they are learnt."""
+        c = self.config
+        fixed = iterations.frozen(context, policy=c.policy, reward=c.reward, combine=c.combine)
+        ptx = self.config.ptx
+        return fixed if ptx is None else dataclasses.replace(fixed, texts=pretraining_mix.held(ptx, context))
+
+    def iteration(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> tuple[Any, Metrics, Rollout]:
+        """Sample, score, update."""
+        with jax.named_scope("sample"):
+            rollout = self.sample(iterations.behaviour(state.policy), frozen, prompts)
+        return self.learn(state, frozen, rollout)
+
+    def learn(self, state: Any, frozen: Frozen, rollout: Rollout) -> tuple[Any, Metrics, Rollout]:
+        """Score what this policy has written, update."""
+        with jax.named_scope("score"):
+            rollout, metrics = self.score(state.policy.params, frozen, rollout)
+        return self.improve(state, frozen, rollout, metrics)
+
+    def sample(
+        self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch, *, greedy: Bool[Array, " b"] | None = None
+    ) -> Rollout:
+        """A completion for each prompt, drawn, or where `greedy` says so the most probable tokens."""
+        rollout = generate(
+            self.spec,
+            frozen.policy(behaviour.params),
+            prompts.tokens,
+            prompts.mask,
+            jax.random.fold_in(behaviour.key, 0),
+            max_new_tokens=self.config.completion_tokens,
+            sampling=self.config.sampling,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            greedy=greedy,
+        )
+        return rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
+
+    def score(self, own: Params, frozen: Frozen, rollout: Rollout) -> tuple[Rollout, Metrics]:
+        """Scores, where the reward is a network, log-probs and reference log-probs, and what compares the two policies.
+
+        `own` are the parameters of the policy that wrote the rollout. Its log-probs are read again without a cache, as
+        training reads them; `sampling_deviation` says how far the sampler's own were from them.
+        """
+        c = self.config
+        policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
+        is_network = isinstance(c.reward, str)
+
+        def part(rows: Rollout) -> tuple[Any, ...]:
+            window, temperature = slice(c.prompt_length, None), c.sampling.temperature
+            mask = rows.completion_mask[:, window]
+            logits = self.completion_logits(policy, rows)
+            ref_logits = self.completion_logits(reference, rows)
+            return (
+                *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
+                masking.keep(entropy(logits, temperature=temperature), mask),
+                masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
+                read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.mask)
+                if is_network
+                else {"score": rows.scores},
+            )
+
+        logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.parts)
+        sampled_logps, scores = rollout.logps, readings.pop("score")
+        rollout = rollout.replace(logps=self.padded(logps), ref_logps=self.padded(ref_logps), scores=scores)
+        mask = loss_mask(rollout)
+        k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
+        kept = mask[:, c.prompt_length :]
+        metrics = {
+            "score": row_mean(scores, rollout.used),
+            **{name: row_mean(reading, rollout.used) for name, reading in readings.items()},  # an ensemble's spread
+            "kl": masking.masked_mean(k1, mask),
+            "seq_kl": row_mean(k1.sum(-1), rollout.used),
+            "seq_kl_exact": row_mean(exact.sum(-1), rollout.used, rows=c.exact_kl_rows),
+            "entropy": masking.masked_mean(entropies, kept),
+            "sampling_deviation": ratio_deviation(rollout.logps, sampled_logps),
+            "length": row_mean(mask.sum(-1, dtype=jnp.float32), rollout.used),
+            "no_eos": row_mean((~ended(rollout, self.eos_id)).astype(jnp.float32), rollout.used),
+        }
+        return rollout, metrics
+
+    def with_old_logps(self, rollout: Rollout, state: Any, frozen: Frozen) -> tuple[Rollout, Metrics]:
+        """Of a rollout made ahead this policy's log-probs, and how far it has moved on."""
+        c, bound = self.config, self.config.max_weight
+        if bound is None:
+            return rollout, {}
+        policy = frozen.policy(state.policy.params)
+        logps = in_parts(lambda rows: self.kept_logps(self.completion_logits(policy, rows), rows), rollout, c.parts)
+        rollout, mask = rollout.replace(old_logps=self.padded(logps)), loss_mask(rollout)
+        cut = jnp.exp(rollout.old_logps - rollout.logps) > bound
+        return rollout, {
+            "staleness": jnp.mean(state.policy.step - rollout.written_at, dtype=jnp.float32),
+            "stale_kl": masking.masked_mean(kl.k3(rollout.logps, rollout.old_logps), mask),
+            "weights_cut": masking.masked_mean(cut.astype(jnp.float32), mask),
+        }
+
+    def minibatch_rows(self, key: Key, *, together: int = 1) -> Int[Array, "s m"]:
+        """Rows of each of the epochs × minibatches steps, an epoch's in random order; runs of `together` stay so."""
+        c = self.config
+        units = c.batch_size // together
+        orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), units))
+        order = orders(jnp.arange(c.epochs)).reshape(c.epochs * c.minibatches, -1)
+        if together == 1:
+            return order
+        return (order[..., None] * together + jnp.arange(together)).reshape(len(order), -1)
+
+    def deviation(self, policy: TrainState, frozen: Frozen, first: Rollout) -> Float[Array, ""]:
+        """How far the ratio is from 1 before the first update: on the rows of the first minibatch."""
+        logits = self.completion_logits(frozen.policy(policy.params), first)
+        return ratio_deviation(self.kept_logps(logits, first), old_logps(first)[:, self.config.prompt_length :])
+
+    def policy_update(
+        self, policy: TrainState, stopped: Bool[Array, ""], batch: Any, frozen: Frozen
+    ) -> tuple[TrainState, Bool[Array, ""], Metrics]:
+        """One minibatch's step, which is not taken once the policy went too far."""
+        if self.config.ptx is not None:
+            assert frozen.texts is not None
+            mask, key = loss_mask(batch), jax.random.fold_in(policy.step_key(), _TEXTS)
+            count = self.reduce(jnp.zeros(mask.shape), mask).count
+            batch = pretraining_mix.mixed(self.config.ptx, batch, count, frozen.texts, key)
+        new, metrics = self.policy_step(policy, batch, frozen.base)
+        if self.config.stop_at_kl is not None:
+            stopped |= metrics["approx_kl"] > self.config.stop_at_kl  # went too far already
+            new = keep_if(stopped, policy, new)
+        metrics["stopped"] = stopped.astype(jnp.float32)
+        return new, stopped, metrics
+
+    def reduce(self, x: Float[Array, "*b t"], mask: Bool[Array, "*b t"]) -> Mean:
+        """The loss's mean, as the config's `reducer` says."""
+        longest = self.config.completion_tokens
+        return {
+            **masking.REDUCERS,
+            "fixed": partial(masking.fixed_length_mean, length=longest),
+            "sum": partial(masking.fixed_length_mean, length=1),
+        }[self.config.reducer](x, mask)
+
+    def padded(self, x: Float[Array, "b n"]) -> Float[Array, "b t"]:
+        """Zeros in place of the prompt."""
+        return jnp.pad(x, ((0, 0), (self.config.prompt_length, 0)))
+
+    def kept_logps(self, logits: Float[Array, "b n v"], rollout: Rollout) -> Float[Array, "b n"]:
+        """Of the completion's tokens at the sampling temperature, 0 elsewhere."""
+        window = slice(self.config.prompt_length, None)
+        logps = token_logps(logits, rollout.tokens[:, window], temperature=self.config.sampling.temperature)
+        return masking.keep(logps, rollout.completion_mask[:, window])
+
+    def logits_and_routing(self, params: Params, rollout: Rollout) -> tuple[Float[Array, "b n v"], Any]:
+        """Logits as `completion_logits`, and where a mixture of experts sent the tokens."""
+        states, routing = models.hidden_and_routing(self.spec, params, rollout.tokens, rollout.mask)
+        return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1]), routing
+
+    def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
+        """Logits that predict the completion's tokens; prompts never reach the vocabulary."""
+        states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)
+        return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1])
+
+
+def old_logps(rollout: Rollout) -> Float[Array, "b t"]:
+    """Of the policy that an update starts from: the one that wrote the rollout, or, made ahead of it, an older one."""
+    return rollout.logps if rollout.old_logps is None else rollout.old_logps
+
+
+def loss_mask(rollout: Rollout) -> Bool[Array, "b t"]:
+    """The tokens that are learnt from."""
+    mask = rollout.completion_mask
+    return mask if rollout.used is None else mask & rollout.used[..., None]
+
+
+def row_mean(x: Float[Array, " b"], used: Bool[Array, " b"] | None, *, rows: int | None = None) -> Float[Array, ""]:
+    """Over the completions that are used, of the first `rows` of them."""
+    return x[:rows].mean() if used is None else masking.masked_mean(x[:rows], used[:rows])

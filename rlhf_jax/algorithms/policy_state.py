@@ -1,0 +1,54 @@
+"""What changes while a policy learns from its own completions, and how it begins."""
+
+from functools import partial
+
+import flax.struct
+import jax
+
+from rlhf_jax import kl, models
+from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
+from rlhf_jax.models import lora
+from rlhf_jax.models.heads import box
+from rlhf_jax.train_step import sharded_state
+from rlhf_jax.types import Params, TrainState
+
+
+class PolicyState(flax.struct.PyTreeNode):
+    """What changes in every method: policy, KL controller, the policy's moving average where there is one."""
+
+    policy: TrainState
+    kl: kl.KLState
+    average: Params | None
+
+    @property
+    def final(self) -> Params:
+        """The policy's own parameters that a stage ends with."""
+        return self.policy.params if self.average is None else self.average
+
+
+def copied(params: Params) -> Params:
+    """The same arrays once more, in the same shards; shapes as they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else x.copy(), params)
+
+
+def averaged(average: Params | None, policy: TrainState, decay: float | None) -> Params | None:
+    """The moving average after an iteration; None where there is none."""
+    if average is None or decay is None:
+        return None
+    return jax.tree.map(lambda a, p: (a + (1 - decay) * (p - a)).astype(p.dtype), average, policy.params)
+
+
+def policy_state(algorithm: PolicyGradient, context: Context, name: str, hyper: dict[str, float]) -> TrainState:
+    """The policy at the start of training, in shards; `hyper` beside its learning rate."""
+    c = algorithm.config
+    boxes = lora.own(context.spec, jax.eval_shape(partial(models.init, context.spec), jax.random.key(0)))
+    return sharded_state(
+        context.mesh,
+        partial(box, boxes=boxes),
+        context.policy_params(c.policy),
+        algorithm.policy_optimizer,
+        {"learning_rate": c.optimizer.learning_rate, **hyper},
+        context.key(name),
+        master=c.optimizer.master,
+    )
