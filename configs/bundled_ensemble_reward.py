@@ -4,6 +4,10 @@
 
 A row has a prompt, two responses, and what each annotator preferred: 1, 2, or 0 for a tie. Every vote is a pair to
 train on, so that where annotators differ they are noise; held-out figures are of what most of them said.
+As heads on one trunk (`--stages.reward_model.ensemble.of heads --stages.reward_model.ensemble.no_bootstrap`), after 35
+seconds of a CPU: the mean of the four is right on 0.61 of 180 held-out pairs, 95% interval 0.49 to 0.72 over prompts, a
+constant on 0.50, and single members on 0.46 to 0.67; they differ by 0.17 in score, whose deviation is 0.44. As whole
+models it takes four times as long, and was not measured.
 """
 
 from rlhf_jax.algorithms import reward_model

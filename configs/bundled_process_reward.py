@@ -2,7 +2,11 @@
 
     rlhf-jax run configs/bundled_process_reward.py --data.path math_steps_human.jsonl
 
-A row has a question, steps, and a rating of each: 1 right, −1 wrong, 0 neither (redundant), null not judged.
+A row has a question, steps, and a rating of each: 1 right, −1 wrong, 0 neither (redundant), which counts as wrong here,
+null not judged. Where the file is in an order, as that one, slices take the held-out rows from each part of it.
+Expected of its 458 rows, after 40 seconds of a CPU: nothing. The model has read movie reviews alone, in rows of 128
+tokens, which cut 441 of the solutions: area under the ROC curve of steps 0.48, 95% interval 0.41 to 0.56, a constant's
+being 0.50; accuracy 0.79, the constant's too. A model that has read mathematics is what this config is for.
 """
 
 from rlhf_jax.algorithms import reward_model

@@ -1,6 +1,6 @@
 """The quickstart without a critic: SFT → reward model → GRPO.
 
-    rlhf-jax run configs/sentiment_grpo.py      (2 CPU cores, 5 minutes; expected: TODO)
+    rlhf-jax run configs/sentiment_grpo.py      (2 CPU cores, minutes; figures not measured yet)
 
 A completion is compared with the seven others of its prompt (Shao et al. 2024). The other names of
 `policy_methods.METHODS` may stand in GRPO's place; "dapo" then with dynamic_sampling=0, for a network's scores are
@@ -31,8 +31,10 @@ def get_config() -> Experiment:
             ),
             "reward_model": reward_model.Config(
                 init="sft",
-                pairs=reward_model.SampledPairs(policy="sft", prompts=1_800, completions=4, snippets=3_000),
-                steps=560,
+                pairs=reward_model.SampledPairs(
+                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
+                ),
+                steps=700,
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),

@@ -1,6 +1,6 @@
 """The quickstart without a critic or a clip: SFT → reward model → RLOO.
 
-    rlhf-jax run configs/sentiment_rloo.py      (2 CPU cores, 5 minutes; expected: TODO)
+    rlhf-jax run configs/sentiment_rloo.py      (2 CPU cores, minutes; figures not measured yet)
 
 Whole completions are the actions, and the mean score of a prompt's other completions is the baseline (Ahmadian et al.
 2024): one step an iteration, of all its completions.
@@ -30,8 +30,10 @@ def get_config() -> Experiment:
             ),
             "reward_model": reward_model.Config(
                 init="sft",
-                pairs=reward_model.SampledPairs(policy="sft", prompts=1_800, completions=4, snippets=3_000),
-                steps=560,
+                pairs=reward_model.SampledPairs(
+                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
+                ),
+                steps=700,
                 batch_size=8,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),

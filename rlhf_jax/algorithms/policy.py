@@ -107,6 +107,7 @@ class Config(PolicyGradientConfig):
         unit = 2 if loss == "p3o" else 1
         return [
             (compares and k < 2, f"group_size={k}: {by} compares completions of one prompt: at least 2"),
+            (self.baseline == "batch" and self.batch_size < 2, "baseline='batch' needs a batch_size of at least 2"),
             (bool(self.batch_size % k), f"batch_size={self.batch_size} must divide by group_size={k}"),
             (loss == "p3o" and k % 2 > 0, f"group_size={k} must be even for loss='p3o', which learns from pairs"),
             (

@@ -12,7 +12,7 @@ class Counts:
     merged: int = 0
     """Stood twice, or are held out too, and were left out."""
     dropped: int = 0
-    """Were too short or too long, and were left out."""
+    """Were too short or too long, or told nothing apart, and were left out."""
     cut: int = 0
     """Were too long, and lost tokens."""
 
@@ -29,6 +29,6 @@ class Counts:
         >>> Counts(1140, 60, cut=12).line()
         '1,140 rows to train on, 60 held out; 12 cut to length'
         """
-        lost = {"merged with others": self.merged, "dropped by length": self.dropped, "cut to length": self.cut}
+        lost = {"merged with others": self.merged, "dropped": self.dropped, "cut to length": self.cut}
         told = [f"{count:,} {what}" for what, count in lost.items() if count]
         return "; ".join([f"{self.train:,} rows to train on, {self.heldout:,} held out", *told])

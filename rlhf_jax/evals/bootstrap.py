@@ -22,12 +22,13 @@ def interval(statistic: Statistic, clusters: Sequence[Any], *, seed: int = 0) ->
     >>> interval(lambda weights: float(np.average([0.0, 1.0, 1.0, 1.0], weights=weights)), ["a", "b", "c", "d"])
     (0.25, 1.0)
     """
-    ids, index = np.unique(np.asarray(clusters), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=RESAMPLES)
+    numbers: dict[Any, int] = {}
+    index = np.asarray([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    n, rng = len(numbers), np.random.default_rng(seed)
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     values = np.asarray([statistic(draw[index].astype(np.float64)) for draw in draws])
     if np.isnan(values).all():
-        raise ValueError(f"{len(ids)} prompts are too few for an interval")
+        raise ValueError(f"{n} prompts are too few for an interval")
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -118,6 +118,7 @@ LABELS = {
     "score_mean": Label("mean of scores as trained"),
     "score_std": Label("standard deviation of scores as trained"),
     "seq_kl": Label("KL to reference", "nats per sequence"),
+    "seq_kl_exact": Label("KL to reference, summed over the vocabulary", "nats per sequence"),
     "skipped": Label("bad updates left out", "count"),
     "skipped_updates": Label("updates skipped", "count"),
     "solution_auc_last": Label("right solutions found, by the last step", "area"),

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models, sharding
+from rlhf_jax import config, inference, models, run, sharding
 from rlhf_jax.algorithms import iterations, policy, prompting
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Behaviour, Whole
@@ -28,6 +29,7 @@ from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import MeshConfig, single_device_mesh
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Rollout
+from tests.algorithms.policy_formulas import FORMULAS
 from tests.algorithms.stopping import check_resumption
 from tests.compiling import no_compiling
 from tests.meshes import mesh_of
@@ -87,122 +89,6 @@ def written(params):
         scores=jnp.asarray([1.0, 0, 2.5, -1, 0.5, 0.5, 0.5, 0.5]),
     )  # fmt: skip
     return rollout, np.asarray(now, np.float64), *other, lengths, pull
-
-
-# The papers' losses of rows of log-probs, one formula at a time. s: scores; l, o, r: lists of each completion's
-# log-probs, now, when it was written, and the reference's.
-
-
-def clip(ratio, a, low, high):
-    return -jnp.minimum(ratio * a, jnp.clip(ratio, 1 - low, 1 + high) * a)
-
-
-def by_group(s, size):
-    return [(i, s[i // size * size : i // size * size + size]) for i in range(len(s))]
-
-
-def after_kl(s, o, r, coef):
-    return [x - coef * float(np.sum(a - b)) for x, a, b in zip(s, o, r, strict=True)]
-
-
-def grpo_advantages(s):
-    return [(s[i] - np.mean(g)) / (np.std(g, ddof=1) + 1e-4) for i, g in by_group(s, 4)]
-
-
-def k3(now, ref):
-    return jnp.exp(ref - now) - (ref - now) - 1
-
-
-def reinforce(s, now, o, r, lengths):
-    s = after_kl(s, o, r, 0.04)
-    return -sum((s[i] - np.mean(np.delete(s, i))) * x.sum() for i, x in enumerate(now)) / B
-
-
-def rloo(s, now, o, r, lengths):
-    s = after_kl(s, o, r, 0.04)
-    return -sum((s[i] - (sum(g) - s[i]) / 3) * now[i].sum() for i, g in by_group(s, 4)) / B
-
-
-def reinforce_plus_plus(s, now, o, r, lengths):
-    to_go = [x - 0.04 * np.cumsum((a - b)[::-1])[::-1] for x, a, b in zip(s, o, r, strict=True)]
-    mean, std = np.concatenate(to_go).mean(), np.concatenate(to_go).std()
-    terms = zip(now, o, to_go, strict=True)
-    return sum(clip(jnp.exp(a - b), (g - mean) / std, 0.2, 0.2).sum() for a, b, g in terms) / lengths.sum()
-
-
-def reinforce_plus_plus_baseline(s, now, o, r, lengths):
-    centered = np.concatenate([np.full(lengths[i], s[i] - np.mean(g)) for i, g in by_group(s, 4)])
-    whitened = np.split((centered - centered.mean()) / centered.std(), np.cumsum(lengths)[:-1])
-    terms = zip(now, o, r, whitened, strict=True)
-    return sum((clip(jnp.exp(a - b), g, 0.2, 0.2) + 0.02 * (a - c) ** 2).sum() for a, b, c, g in terms) / lengths.sum()
-
-
-def remax(s, now, o, r, lengths):
-    total = 0
-    for i in range(1, B, 2):  # the one before is greedy
-        to_go = np.cumsum((o[i] - r[i])[::-1])[::-1]
-        total += ((s[i] - s[i - 1] - 0.04 * to_go) * now[i]).sum()
-    return -total / (B / 2)
-
-
-def grpo(s, now, o, r, lengths):
-    terms = zip(now, o, r, grpo_advantages(s), strict=True)
-    return sum((clip(jnp.exp(a - b), g, 0.2, 0.2) + 0.04 * k3(a, c)).mean() for a, b, c, g in terms) / B
-
-
-def dr_grpo(s, now, o, r, lengths):
-    return sum(clip(jnp.exp(now[i] - o[i]), s[i] - np.mean(g), 0.2, 0.2).sum() / N for i, g in by_group(s, 4)) / B
-
-
-def dapo(s, now, o, r, lengths):
-    s = [x + min(0.0, (N - 3 - n) / 3) for x, n in zip(s, lengths, strict=True)]  # eq. 13, a cache of 3 tokens
-    groups = [i for i, g in by_group(s, 4) if max(g) > min(g)]
-    a = grpo_advantages(s)
-    return sum(clip(jnp.exp(now[i] - o[i]), a[i], 0.2, 0.28).sum() for i in groups) / sum(lengths[i] for i in groups)
-
-
-def gspo(s, now, o, r, lengths):
-    terms = zip(now, o, grpo_advantages(s), strict=True)
-    return sum(clip(jnp.exp((a - b).mean()), g, 3e-4, 4e-4) for a, b, g in terms) / B
-
-
-def cispo(s, now, o, r, lengths):
-    def one(a, b, g):
-        return -(jax.lax.stop_gradient(jnp.minimum(jnp.exp(a - b), 5.0)) * g * a).sum()
-
-    return sum(one(*x) for x in zip(now, o, grpo_advantages(s), strict=True)) / lengths.sum()
-
-
-def gmpo(s, now, o, r, lengths):
-    def one(a, b, c, g):
-        ratio = jnp.exp(a - b)
-        sign = 1 if g > 0 else -1
-        kept = sign * jnp.minimum(sign * ratio, sign * jnp.clip(ratio, np.exp(-0.4), np.exp(0.4)))
-        return -g * kept.prod() ** (1 / len(a)) + 0.04 * k3(a, c).mean()
-
-    return sum(one(*x) for x in zip(now, o, r, grpo_advantages(s), strict=True)) / B
-
-
-def p3o(s, now, o, r, lengths):
-    s, total = after_kl(s, o, r, 0.04), 0
-    for i in range(B):
-        j = i ^ 1
-        rho, other = jnp.exp((now[i] - o[i]).sum()), jax.lax.stop_gradient(jnp.exp((now[j] - o[j]).sum()))
-        total += clip(rho, (s[i] - s[j]) * other, 0.2, 0.2) / 2
-    return total / (B / 2)
-
-
-def trpo(s, now, o, r, lengths):
-    s = after_kl(s, o, r, 0.04)
-    a = np.repeat([s[i] - (sum(g) - s[i]) / 3 for i, g in by_group(s, 4)], lengths)
-    a = np.split((a - a.mean()) / a.std(), np.cumsum(lengths)[:-1])
-    return -sum((jnp.exp(x - y) * z).sum() for x, y, z in zip(now, o, a, strict=True)) / lengths.sum()
-
-
-FORMULAS = {f.__name__: f for f in (
-    reinforce, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, remax, grpo, dr_grpo, dapo, gspo, cispo, gmpo,
-    p3o, trpo,
-)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -395,3 +281,19 @@ BAD = [
 def test_fields_that_do_not_go_together_are_named(name, fields, message):
     with pytest.raises(ValueError, match=message):
         make(name, **fields)
+
+
+@pytest.mark.parametrize("name", ["sentiment_grpo", "sentiment_rloo", "arithmetic_dapo"])
+def test_a_config_is_whole_and_its_methods_fields_are_flags(name, capsys):
+    experiment = config.load_config(Path(__file__).parents[2] / "configs" / f"{name}.py")
+    config.validate(experiment, 8)
+    written = json.loads(json.dumps(config.to_dict(experiment)))
+    assert config.from_dict(written, [*inference.MODELS, *run.STAGES]) == experiment
+    stage = list(experiment.stages)[-1]
+    flags = [f"--stages.{stage}.clip-eps-high", "0.3", f"--stages.{stage}.reducer", "token"]
+    if name == "sentiment_rloo":
+        with pytest.raises(SystemExit, match="2"):
+            config.parse(experiment, flags)
+        assert "stages.rloo: clip_eps_high=0.3: loss='reinforce' has no" in capsys.readouterr().err
+    else:
+        assert config.parse(experiment, flags).stages[stage].clip_eps_high == 0.3

@@ -34,15 +34,19 @@ def summary(workdir):
     return json.loads((workdir / "summary.json").read_text())
 
 
-def check_equal(one, other, *, tolerance=1e-4):
-    """In two workdirs the same metrics and parameters to the tolerance, and the same prompts in the same order."""
+def check_equal(one, other, *, tolerance=1e-4, differing=0.0):
+    """In two workdirs the same metrics and parameters to the tolerance, and the same prompts in the same order.
+
+    `differing`: the share of the last samples that may, as a token of theirs was within rounding of another one.
+    """
     first, second = metrics(one), metrics(other)
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert second[name] == pytest.approx(value, abs=tolerance, rel=tolerance), name
     for name, figures in summary(one).items():
         if isinstance(figures, dict) and name != "params_digest":
-            assert summary(other)[name] == pytest.approx(figures, abs=tolerance, rel=tolerance), name
+            rough = tolerance + (differing if name == "ppo" else 0)
+            assert summary(other)[name] == pytest.approx(figures, abs=rough, rel=rough), name
     for name in summary(one)["params_digest"]:
         params = [load_pretrained(workdir / name).params for workdir in (one, other)]
         for a, b in zip(*map(leaves, params), strict=True):
@@ -50,6 +54,8 @@ def check_equal(one, other, *, tolerance=1e-4):
     if (one / "ppo").is_dir():
         rows = [read_jsonl(workdir / "ppo" / "samples.jsonl") for workdir in (one, other)]
         assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
+        changed = [a["completion"] != b["completion"] for a, b in zip(*rows, strict=True)]
+        assert np.mean(changed) <= differing
     if (one / "reward_model" / "data").is_dir():
         assert pairs(one) == pairs(other)
 
@@ -188,7 +194,7 @@ def test_the_ssh_launcher(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_quickstart(tmp_path, count):
-    """The three stages of the quickstart, a few steps of each, with an epsilon at which Adam makes no steps of rounding:
+    """The three stages of the quickstart, a few steps of each, with an epsilon at which Adam steps by no rounding:
     at the usual one parameters part by so much that two of 10,000 tokens are drawn otherwise.
     """
     config = ROOT / "configs" / "quickstart.py"
@@ -201,4 +207,4 @@ def test_the_quickstart(tmp_path, count):
     assert parts.wait(3600) == [0] * count, parts.said()
     whole = Run(config, tmp_path / "whole", 1, 1, *flags)
     assert whole.wait(3600) == [0], whole.said()
-    check_equal(whole.workdir, parts.workdir, tolerance=1e-3)
+    check_equal(whole.workdir, parts.workdir, differing=0.02)

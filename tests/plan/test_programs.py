@@ -14,6 +14,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     iterations,
     onpolicy,
+    policy,
     ppo,
     preference,
     pretrain,
@@ -23,6 +24,8 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.policy_methods import METHODS
+from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
@@ -142,6 +145,18 @@ def test_a_reward_on_the_host_parts_the_iteration():
     config = ppo.Config(policy="base", reward=PatternMatch("x"), critic=onpolicy.ValueHead("base"))
     found = programs.programs(experiment(stages={"ppo": config}), sharding.make_mesh(MESHES[0]))
     assert [one.name for one in found] == ["sample", "learn", "decode"]
+
+
+def test_a_method_without_a_critic_has_its_programs():
+    """Its iteration is traced on shapes alone; PPO's critic and its optimiser are not there."""
+    sizes = {"policy": "sft", "batch_size": 64, "prompt_tokens": (2, 7), "completion_tokens": 20}
+    stages = {**STAGES, "grpo": policy.Config(**METHODS["grpo"], **sizes, ptx=PretrainingMix(rows=64))}
+    found = programs.programs(experiment(stages=stages), sharding.make_mesh(MESHES[0]))
+    of_ppo, one = (next(p for p in found if (p.stage, p.name) == (name, "iteration")) for name in ("ppo", "grpo"))
+    with sharding.scope(sharding.make_mesh(MESHES[0])):
+        assert one.function.lower(*one.args) is not None
+    ppo_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (of_ppo, one))
+    assert own < 0.6 * ppo_bytes
 
 
 def test_stages_that_make_rows_sample_and_judge():

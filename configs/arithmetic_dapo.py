@@ -1,0 +1,57 @@
+"""Sums with a checkable answer: SFT on them, then DAPO on whether the number is right, with no reward model.
+
+    python -c "
+    import json, random; random.seed(0)
+    sums = [(a, b) for a in range(30) for b in range(30)]; random.shuffle(sums)
+    for a, b in sums: print(json.dumps({'prompt': f'{a} + {b} =', 'completion': f' {a + b}', 'answer': a + b}))
+    " > sums.jsonl
+    rlhf-jax run configs/arithmetic_dapo.py      (2 CPU cores, minutes; figures not measured yet)
+
+The last fifth of the rows is held out. A group whose eight answers are all right or all wrong teaches nothing and gives
+way to another prompt's. Other problems may stand in the file, with prompt, completion (for SFT) and answer (for the
+reward) in each row.
+"""
+
+from rlhf_jax.algorithms import policy, sft
+from rlhf_jax.algorithms.policy_methods import METHODS
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.sources import Jsonl
+from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.verifiers import AnswerChecker
+
+SUMS = Jsonl("sums.jsonl", heldout=0.2)
+
+
+def get_config() -> Experiment:
+    """Two stages on the same rows."""
+    return Experiment(
+        model=Bundled(),
+        data=SUMS,
+        seed=0,
+        stages={
+            "sft": sft.Config(
+                data=None,
+                steps=80,
+                batch_size=16,
+                row_length=64,
+                heldout_rows=16,
+                evaluate_every=40,
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
+            ),
+            "dapo": policy.Config(
+                **METHODS["dapo"] | {"overlong": None, "dynamic_sampling": 2},
+                policy="sft",
+                reward=AnswerChecker(),
+                data=SUMS,
+                prompt_tokens=(1, 12),
+                completion_tokens=6,
+                evaluation_prompts=180,
+                steps=40,
+                batch_size=128,
+                epochs=2,
+                minibatches=2,
+                optimizer=Optimizer(learning_rate=4e-4, schedule="linear"),
+            ),
+        },
+    )
