@@ -209,7 +209,9 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Make or read the judgements, read the reference's log-probs, train; the figures are for summary.json."""
     data = _judgements(config, context, name)
     layout = {"pad_id": context.tokenizer.pad_id, "completions": data.completions, "length": config.length}
-    make = partial(batch_thumbs if config.of_thumbs else batch_groups, **layout)
+    # Several annotators may have judged the same two completions.
+    judged = partial(batch_groups, pairs=data.pairs) if isinstance(data, Comparisons) else batch_thumbs
+    make = partial(judged, **layout)
     read = CompletionLogps(context.spec, context.mesh, make=make, batch_size=config.batch_size)
     rows, heldout = data.train, data.heldout
     if config.needs_reference:

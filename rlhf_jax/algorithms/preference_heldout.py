@@ -32,11 +32,11 @@ class HeldOut:
         return self._read(intervals=False)
 
     def summary(self) -> dict[str, float]:
-        """With 95% intervals over prompts, and what ranking by the lengths alone, the longer or the shorter, gives."""
+        """With 95% intervals over prompts, and what a constant and the lengths alone, longer or shorter, rank right."""
         name, statistic = self.by_length
         longer = statistic(np.ones(len(self.prompts)))
-        by_length = {f"heldout_{name}_by_length": max(longer, 1 - longer)} if name in self.figures else {}
-        return self._read(intervals=True) | by_length
+        baselines = {"baseline": 0.5, "by_length": max(longer, 1 - longer)} if name in self.figures else {}
+        return self._read(intervals=True) | {f"heldout_{name}_{how}": value for how, value in baselines.items()}
 
     def _read(self, *, intervals: bool) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -67,7 +67,8 @@ def lines(context):
 
 
 def test_it_learns_and_writes_of_held_out_prompts(context, rows):
-    config = preference.Config(**FIELDS | {"steps": 12, "evaluation_prompts": 6}, completion_tokens=6, pairs=rows())
+    fields = FIELDS | {"steps": 12, "evaluation_prompts": 6, "length": 48}  # no prompt is cut
+    config = preference.Config(**fields, completion_tokens=6, pairs=rows())
     summary = preference.train(config, context, "dpo")
     first, last = lines(context)[0], lines(context)[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-4)
@@ -120,7 +121,7 @@ def test_a_reference_that_follows_at_once_keeps_the_loss_at_its_start(context, r
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_microbatches_on_a_mesh_take_the_same_steps(loss, make_context, rows):
     found = []
-    for name, mesh, parts in (("one", None, 1), ("many", MeshConfig(data=2, fsdp=2), 2)):
+    for name, mesh, parts in (("one", None, 1), ("many", MeshConfig(data=2, fsdp=2, tensor=2), 2)):
         context = make_context(name, mesh=mesh)
         put_stages(context)
         fields = FIELDS | {"steps": 4, "num_microbatches": parts, "init": "base"}
