@@ -5,7 +5,8 @@ rlhf-jax run configs/smollm2_rlaif.py --model.path SmolLM2-135M-Instruct.Q4_1.gg
 
 So small a model is no judge: of 192 pairs, each asked for in both orders, it took the first place in every one (P(A)
 0.89 in the mean), and where the two orders were averaged it agreed with the gold classifier on 0.505, 95% interval
-0.435 to 0.575; the reward model of its pairs ranks held-out ones by 0.44, 0.31 to 0.58. It takes 4.5 minutes of processor time.
+0.435 to 0.575; the reward model of its pairs ranks held-out ones by 0.44, 0.31 to 0.58. That takes 4.5 minutes of
+processor time.
 """
 
 from rlhf_jax.algorithms import ai_feedback, reward_model
