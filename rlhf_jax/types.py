@@ -110,7 +110,7 @@ class PreferenceBatch:
     pairs: Int[ArrayLike, "b p 2"]  # (winner, loser), indices into k
     weights: Float[ArrayLike, "b p"]  # 0 where there is no pair
     margins: Float[ArrayLike, "b p"]
-    ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+    ref_logps: Float[ArrayLike, "b k"] = flax.struct.field(default=None)  # of whole completions under a reference
 
 
 @flax.struct.dataclass

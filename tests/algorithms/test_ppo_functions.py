@@ -209,6 +209,6 @@ def test_what_a_stage_requires_follows_its_reward_and_critic():
     assert CONFIG.requires() == {"policy": ("sft", "policy"), "critic.trunk": ("sft", "policy")}
     assert change(policy="base", critic=ValueHead("base")).requires() == {}
     both = change(reward="rm", critic="rm").requires()
-    assert both == {"policy": ("sft", "policy"), "reward": ("rm", "reward"), "critic": ("rm", "reward")}
+    assert both == {"policy": ("sft", "policy"), "reward": ("rm", "scorer"), "critic": ("rm", "reward")}
     with pytest.raises(ValueError, match="as_chat: openings of reviews are no conversations"):
         change(as_chat=True)
