@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
-from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.evals.policy import Cut, Judge, PolicyEvaluation, Row, Scorer
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
@@ -41,6 +41,7 @@ def evaluator(
     reward: Params | Scorer,
     ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
+    cut: Cut | None = None,
 ) -> PolicyEvaluation:
     """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
     sampler = Sampler(
@@ -62,6 +63,7 @@ def evaluator(
         reward=reward,
         ensemble=ensemble,
         judges=judges,
+        cut=cut,
         temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )
 
@@ -77,8 +79,14 @@ def evaluate(
     reward: Params | Scorer,
     ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
+    cut: Cut | None = None,
 ) -> list[list[Row]]:
-    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
+    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores.
+
+    The reward reads what `cut` leaves of a completion.
+    """
     stream = f"{name}/evaluation"
-    read = evaluator(drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges)
+    read = evaluator(
+        drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges, cut=cut
+    )
     return [read(params, reference) for params in policies]

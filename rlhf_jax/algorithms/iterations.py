@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import hosts, models, sharding, transfer
 from rlhf_jax.algorithms import dynamic_sampling
+from rlhf_jax.algorithms.consolidation import Anchor
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompt_rows import PromptRow, Prompts
@@ -42,6 +43,7 @@ class Frozen:
     head_base: Params
     ensemble: Ensemble | None = flax.struct.field(pytree_node=False, default=None)  # of the reward, if it is one
     texts: PackedBatch | None = None  # that the policy learns beside its rollouts
+    anchor: Anchor | None = None  # where its parameters are held, and how tightly
 
     def policy(self, own: Params) -> Params:
         """A whole policy, as models read it: its own parameters over the shared base."""
@@ -94,8 +96,8 @@ def behaviour(policy: TrainState, *, ahead: bool = False) -> Behaviour:
 class Algorithm(Protocol):
     """One iteration of an on-policy stage, whole and in its phases; its state has a `policy` and `final` parameters."""
 
-    def frozen(self, context: Context) -> Frozen:
-        """What it does not train, on a mesh."""
+    def frozen(self, context: Context, name: str) -> Frozen:
+        """What the stage of that name does not train, on a mesh."""
         ...
 
     @property
@@ -113,6 +115,10 @@ class Algorithm(Protocol):
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
         """A completion for each prompt."""
+        ...
+
+    def cut(self, rollout: Rollout) -> Rollout:
+        """With what of its completions the reward reads, where the config `cuts`."""
         ...
 
     def score(self, own: Params, frozen: Frozen, rollout: Rollout) -> tuple[Rollout, Metrics]:
@@ -379,8 +385,8 @@ def texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 
 
 def with_rows(rollout: Rollout, rows: Sequence[PromptRow], tokenizer: Tokenizer) -> list[Texts]:
-    """What a reward function reads: each completion with its prompt and its row's other fields."""
-    completions = _decoded(rollout.tokens, rollout.completion_mask, tokenizer)
+    """What a reward function reads: of each completion what is read, with its prompt and its row's other fields."""
+    completions = _decoded(rollout.tokens, rollout.read, tokenizer)
     return [Texts(row.text, text, row.metadata) for row, text in zip(rows, completions, strict=True)]
 
 

@@ -19,6 +19,8 @@ from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import Judge, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
@@ -32,6 +34,17 @@ class ValueHead:
 
     trunk: str = "sft"
     """The stage that made the policy, or "base"."""
+
+
+@dataclass(frozen=True)
+class SharedTrunk:
+    """A head of zeros on the policy's own trunk: one network, one optimiser, one forward pass (Ziegler et al. 2019)."""
+
+    value_coef: float = 0.1
+    """Weight of the value loss beside the policy's."""
+
+    def __post_init__(self) -> None:
+        require("critic.value_coef", self.value_coef, "(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,11 @@ class OnPolicyConfig(Rewarded):
         """How often, at most, groups of equal scores are replaced by those of further prompts."""
         return 0
 
+    @property
+    def cuts(self) -> bool:
+        """Whether the reward reads completions up to a token (the algorithm's `cut`)."""
+        return False
+
     def notes(self) -> list[str]:
         """What a reader of the figures should know: lines of the log."""
         cuts = "top_k or top_p cuts the distribution that is sampled, not the one in the ratio: biased"
@@ -124,8 +142,12 @@ def critic_params(context: Context, critic: str | ValueHead) -> Params:
     if isinstance(critic, str):
         return context.head_params(critic)
     trunk = {name: value for name, value in context.policy_params(critic.trunk).items() if name != "unembedding"}
-    head = {"kernel": jnp.zeros((context.spec.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
-    return {"trunk": trunk, "head": head}
+    return {"trunk": trunk, "head": zero_head(context.spec)}
+
+
+def zero_head(spec: ModelSpec) -> Params:
+    """A value head before it has learnt."""
+    return {"kernel": jnp.zeros((spec.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
 
 
 def train(algorithm: Algorithm, state: Any, context: Context, places: Places, name: str) -> dict[str, Any]:
@@ -137,7 +159,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = algorithm.frozen(places.sampling)
+        fixed = algorithm.frozen(places.sampling, name)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
@@ -158,6 +180,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
             ensemble=fixed.ensemble,
             judges=judged_by,
+            cut=algorithm.cut if config.cuts else None,
         )
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages, guard, importance, kl, losses, masking
-from rlhf_jax.algorithms import iterations, onpolicy, trust_region
+from rlhf_jax.algorithms import iterations, onpolicy, truncation, trust_region
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.policy_gradient import (
@@ -36,7 +36,7 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
-from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties, shape_scores
+from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties
 from rlhf_jax.sampling import ended
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
@@ -153,6 +153,7 @@ class Config(PolicyGradientConfig):
                 "trust_region takes one step by all completions: loss='surrogate', epochs=1 and minibatches=1",
             ),
             (region and self.ptx is not None, "ptx is no part of trust_region's step"),
+            (region and self.ewc is not None, "ewc is no part of trust_region's step"),
             (
                 region and (self.optimizer.master, self.optimizer.bad_steps) != ("float32", "stop"),
                 "trust_region takes no optimiser's step: optimizer.master='float32' and bad_steps='stop'",
@@ -203,8 +204,10 @@ class Config(PolicyGradientConfig):
 class Algorithm(PolicyGradient):
     """The methods' steps as functions of (state, frozen, prompts)."""
 
-    def __init__(self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id)
+    def __init__(
+        self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
         self.together = 2 if config.loss == "p3o" else 1
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
@@ -231,8 +234,7 @@ class Algorithm(PolicyGradient):
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
         """Rewards a token, from these advantages, and which completions are learnt from."""
         c, mask = self.config, rollout.completion_mask
-        has_ended = ended(rollout, self.eos_id)
-        shaped = shape_scores(rollout.scores, has_ended, c.shaping)
+        has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout)
         if c.overlong is not None:
             shaped += overlong_penalties(mask.sum(-1), c.overlong, limit=c.completion_tokens)
         groups = shaped.reshape(-1, c.group_size)
@@ -296,7 +298,7 @@ class Algorithm(PolicyGradient):
             "skipped_updates": metrics["stopped"],
             **{
                 name: metrics[name]
-                for name in ("policy_clipped", "approx_kl", "grad_norm", "ptx_loss")
+                for name in ("policy_clipped", "approx_kl", "grad_norm", "ptx_loss", "ewc_penalty")
                 if name in metrics
             },
             **guard.together(metrics),
@@ -334,7 +336,9 @@ class Algorithm(PolicyGradient):
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
-    algorithm = Algorithm(config, context.spec, eos_id=context.tokenizer.eos_id, pad_id=context.tokenizer.pad_id)
+    tokenizer, cut_ids = context.tokenizer, truncation.token_ids(config.truncate, context.tokenizer)
+    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    algorithm = Algorithm(config, context.spec, **ends, cut_ids=cut_ids)
     places = iterations.places(config.placement, context)
     return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
 

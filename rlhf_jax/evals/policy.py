@@ -30,6 +30,9 @@ Judge = Callable[[Sequence[str]], np.ndarray]
 Scorer = Callable[[Sequence[Texts]], np.ndarray]
 """Prompts, completions and rows' other fields to one score each."""
 
+Cut = Callable[[Rollout], Rollout]
+"""Sets a rollout's `read_mask`: what of its completions a reward reads."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,8 +53,8 @@ class Row:
 class PolicyEvaluation:
     """Samples a policy on fixed prompts with a fixed key and reads the completions: KL, score, judges.
 
-    The score is a reward network's (its parameters) or a function's of the texts. KL is that of the log-probs at
-    `temperature`, whichever one the completions are sampled at.
+    The score is a reward network's (its parameters) or a function's of the texts, as far as `cut` leaves them. KL is
+    that of the log-probs at `temperature`, whichever one the completions are sampled at.
     """
 
     def __init__(
@@ -67,13 +70,16 @@ class PolicyEvaluation:
         ensemble: Ensemble | None = None,
         judges: Mapping[str, Judge],
         temperature: float,
+        cut: Cut | None = None,
     ) -> None:
         self._mesh, self._tokenizer, self._sampler = mesh, tokenizer, sampler
         self._prompts, self._key, self._judges = prompts, key, judges
+        self._cut = jax.jit(cut) if cut is not None else None
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
 
         def readings(params: Params, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
-            scores = read_reward(spec, network, ensemble, rollout.tokens, rollout.mask) if network else {}
+            read = rollout.prompt_mask | rollout.read
+            scores = read_reward(spec, network, ensemble, rollout.tokens, read) if network else {}
             if reference is None:
                 return scores
             ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)
@@ -93,6 +99,7 @@ class PolicyEvaluation:
         rows: list[Row] = []
         for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in prompts], key):
             with sharding.scope(self._mesh):
+                rollout = rollout if self._cut is None else self._cut(rollout)
                 readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
             host, first = hosts.fetch(rollout), len(rows)
             for i in range(count):
@@ -103,7 +110,8 @@ class PolicyEvaluation:
                 rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
                 new, asking = rows[first:], prompts[first : first + count]
-                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(asking, new, strict=True)]
+                read = [self._tokenizer.decode(host.tokens[i][host.read[i]].tolist()) for i in range(count)]
+                asked = [Texts(p.text, text, p.metadata) for p, text in zip(asking, read, strict=True)]
                 self._add(new, "score", hosts.by_rows(self._scorer, asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():

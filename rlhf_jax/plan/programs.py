@@ -17,6 +17,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
+    consolidation,
     constitutional,
     distill,
     iterations,
@@ -48,7 +49,7 @@ from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
 from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
-ENDS = {"eos_id": 1, "pad_id": 0}
+ENDS: dict[str, Any] = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
 
 
@@ -88,6 +89,10 @@ class Shapes(Context):
     def replicated(self, tree: Any) -> Any:
         """Shapes, whole on every device."""
         return jax.tree.map(lambda x: _struct(jnp.shape(x), jnp.result_type(x), sharding.replicated(self.mesh)), tree)
+
+    def zeros(self, shapes: Any) -> Any:
+        """The shapes themselves, as a batch's."""
+        return jax.tree.map(lambda x: _batch(self, x.shape, x.dtype), shapes)
 
     def _params(self, source: str, init: Callable[..., Any]) -> Params:
         boxed = jax.eval_shape(init, jax.random.key(0))
@@ -184,7 +189,8 @@ def _preference(config: preference.Config, context: Context, name: str) -> Itera
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
     algorithm = ppo.Algorithm(config, context.spec, **ENDS)
     state = ppo.initial_state(algorithm, context, name)
-    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+    trained = [network for network in (state.policy, state.critic) if network is not None]
+    yield from _on_policy(algorithm, state, context, name, *trained)
 
 
 def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
@@ -201,6 +207,9 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
     frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
     if config.ptx is not None:
         frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
+    if config.ewc is not None:
+        start = context.policy_params(config.policy)
+        frozen = dataclasses.replace(frozen, anchor=consolidation.Anchor(start, consolidation.shapes(start)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}

@@ -47,6 +47,7 @@ LABELS = {
     "ece": Label("calibration error (ECE)", "probability"),
     "entropy": Label("entropy", "nats per token"),
     "equal_groups": Label("groups of equal scores", "share"),
+    "ewc_penalty": Label("price of moved parameters (EWC)"),
     "explained_variance": Label("explained variance of returns", "share"),
     "external_accuracy": Label("accuracy on labelled sentences", "share"),
     "flipped": Label("verdicts that change with the order", "share"),
