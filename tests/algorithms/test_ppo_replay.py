@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 SPEC = ModelSpec(vocab_size=40, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, max_len=32)
 CONFIG = ppo.Config(
     policy="base", critic=ValueHead("base"), reward="rm", batch_size=8, prompt_tokens=(2, 3), completion_tokens=5,
-    epochs=1, minibatches=1, optimizer=Optimizer(0.05, clip_norm=9.0), critic_optimizer=Optimizer(0.01), kl=FixedKL(0.1),
-    exact_kl_rows=4, replay=Replay(rollouts=2, max_weight=1.2),
+    epochs=1, minibatches=1, optimizer=Optimizer(0.05, clip_norm=9.0), critic_optimizer=Optimizer(0.01),
+    kl=FixedKL(0.1), exact_kl_rows=4, replay=Replay(rollouts=2, max_weight=1.2),
 )  # fmt: skip
 P = CONFIG.prompt_length
 
@@ -51,7 +51,7 @@ def iterated(tmp_path_factory):
 
 def by_hand(state, rollouts):
     """The policy's and the critic's loss of an iteration, before its step, over the newest rollout and older ones."""
-    shares, errors, tokens = [], [], []
+    advantages, weights = [], []
     for r in rollouts:
         logits = np.asarray(models.logits(SPEC, state.policy, r.tokens, r.mask), np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -63,15 +63,12 @@ def by_hand(state, rollouts):
             rewards[-1] += r.scores[i]
             v = np.append(values[i, kept], 0)
             deltas = rewards + v[1:] - v[:-1]
-            advantages = np.asarray(
-                [sum(0.95 ** (k - t) * deltas[k] for k in range(t, len(kept))) for t in range(len(kept))]
-            )
-            tokens.append(advantages)
-            shares.append(np.minimum(np.exp(now - r.logps[i, kept]), 1.2))
-            errors.append(advantages**2 / 2)  # of the values, to returns that are these plus advantages
-    advantages, weights = np.concatenate(tokens), np.concatenate(shares)
-    whitened = (advantages - advantages.mean()) / np.sqrt(advantages.var() + 1e-8)
-    return -(weights * whitened).mean(), np.concatenate(errors).mean(), weights
+            n = len(kept)
+            advantages += [sum(0.95 ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+            weights += np.minimum(np.exp(now - r.logps[i, kept]), 1.2).tolist()
+    a, w = np.asarray(advantages), np.asarray(weights)
+    whitened = (a - a.mean()) / np.sqrt(a.var() + 1e-8)
+    return -(w * whitened).mean(), (a**2 / 2).mean(), w  # returns are values plus advantages
 
 
 def test_the_loss_is_that_of_weighed_tokens_of_all_rollouts(iterated):
