@@ -35,9 +35,8 @@ def generate(
 ) -> Rollout:
     """Sample a completion for each left-padded prompt: tokens, masks and the sampled tokens' log-probs.
 
-    A row ends with EOS, which its completion includes, where `sampling.ends`, or after `max_new_tokens`. `logps` hold
-    the temperature, but not top-k and top-p. What a row draws depends on the key, its index and the position alone,
-    not on the other rows.
+    A row ends with EOS, its last token, where `sampling.ends`, or after `max_new_tokens`. `logps` hold the temperature,
+    but not top-k and top-p. What a row draws depends on the key, its index and the position alone, not on other rows.
     Rows of `greedy` take the most probable token each time.
 
     On a mesh rows and weights lie as its `decode` says, and the rollout as a batch does.
