@@ -28,8 +28,8 @@ _TLDR: dict[str, Any] = {
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The reward is read at the full stop that a completion is cut at, not at the last of the pads behind it, and " ." is
-    # one as "." is. Their queries had 64 tokens each: here shorter ones stay as they are.
+    # The reward is read at the full stop that a completion is cut at, not at the last of the pads behind it, and " ."
+    # is one. Their queries had 64 tokens each: here shorter ones stay as they are.
     "ziegler2019": {
         "prompt_tokens": (1, 64), "completion_tokens": 24, "too_long": "start",
         "sampling": Sampling(temperature=0.7, ends=False), "truncate": Truncation(".", after=16, score=-1.0),
