@@ -65,8 +65,8 @@ class Colocated:
 
 @dataclass(frozen=True)
 class Disaggregated:
-    """The devices in two: one part samples and scores, the other updates policy and critic, both at once; every host has
-    its share of each.
+    """The devices in two: one part samples and scores, the other updates policy and critic, both at once; every
+    host has its share of each.
 
     Let θ_k be the policy after k iterations. With `ahead=1` iteration k turns θ_{k−1} into θ_k by rollout k, while
     rollout k+1 is sampled, and scored, by a copy of θ_{k−1}, the newest that there is then: a rollout is one iteration

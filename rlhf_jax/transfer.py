@@ -237,7 +237,8 @@ def _block(pieces: list[tuple[Box, jax.Array]], axis: int) -> jax.Array:
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis)
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
+    assert index is not None  # as it is for a device that holds nothing of an array: of no layout that is here
     return tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
 
 

@@ -124,8 +124,8 @@ def test_roles_apart_on_the_devices_of_each_process_equal_those_of_one(tmp_path)
     check_equal(whole.workdir, again.workdir)
     odd = Run(config, tmp_path / "odd", 2, 4, "--stages.apart.placement.training.fsdp", "3")
     assert odd.wait() == [2, 2] and odd.said()[0].endswith(
-        "stages.apart.placement.training: 3 devices are not the same number of each of the 2 processes; every host has a "
-        "part of both sub-meshes\n"
+        "stages.apart.placement.training: 3 devices are not the same number of each of the 2 processes; "
+        "every host has a part of both sub-meshes\n"
     )
 
 
