@@ -122,11 +122,11 @@ def test_roles_apart_on_the_devices_of_each_process_equal_those_of_one(tmp_path)
     again = Run(config, tmp_path / "parts", 4, 2)
     assert again.wait() == [0] * 4, again.said()
     check_equal(whole.workdir, again.workdir)
-    odd = Run(config, tmp_path / "odd", 2, 4, "--stages.apart.placement.training.fsdp", "3")
-    assert odd.wait() == [2, 2] and odd.said()[0].endswith(
-        "stages.apart.placement.training: 3 devices are not the same number of each of the 2 processes; "
+    odd = Run(config, tmp_path / "odd", 3, 2)
+    assert odd.wait() == [2, 2, 2] and odd.said()[0].endswith(
+        "stages.apart.placement.training: 4 devices are not the same number of each of the 3 processes; "
         "every host has a part of both sub-meshes\n"
-    )
+    ), odd.said()
 
 
 @pytest.mark.slow
