@@ -122,9 +122,10 @@ def test_roles_apart_on_the_devices_of_each_process_equal_those_of_one(tmp_path)
     again = Run(config, tmp_path / "parts", 4, 2)
     assert again.wait() == [0] * 4, again.said()
     check_equal(whole.workdir, again.workdir)
-    odd = Run(config, tmp_path / "odd", 3, 2)
+    sixes = [flag for stage in ("sft", "reward_model") for flag in (f"--stages.{stage}.batch_size", "12")]
+    odd = Run(config, tmp_path / "odd", 3, 2, *sixes, "--stages.sft.heldout_rows", "24")
     assert odd.wait() == [2, 2, 2] and odd.said()[0].endswith(
-        "stages.apart.placement.training: 4 devices are not the same number of each of the 3 processes; "
+        "stages.apart.placement.sampling: 2 devices are not the same number of each of the 3 processes; "
         "every host has a part of both sub-meshes\n"
     ), odd.said()
 
