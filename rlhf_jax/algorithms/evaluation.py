@@ -8,6 +8,7 @@ from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.policy import Cut, Judge, PolicyEvaluation, Row, Scorer
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Params
 
@@ -42,6 +43,7 @@ def evaluator(
     ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
     cut: Cut | None = None,
+    network: tuple[NetworkPart, Params] | None = None,
 ) -> PolicyEvaluation:
     """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
     sampler = Sampler(
@@ -64,6 +66,7 @@ def evaluator(
         ensemble=ensemble,
         judges=judges,
         cut=cut,
+        network=network,
         temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )
 
@@ -80,13 +83,19 @@ def evaluate(
     ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
     cut: Cut | None = None,
+    network: tuple[NetworkPart, Params] | None = None,
 ) -> list[list[Row]]:
     """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores.
 
-    The reward reads what `cut` leaves of a completion.
+    The reward reads what `cut` leaves of a completion; a `network` may stand beside one that is a function.
     """
-    stream = f"{name}/evaluation"
     read = evaluator(
-        drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges, cut=cut
+        *(drawing, context, f"{name}/evaluation"),
+        prompts=prompts,
+        reward=reward,
+        ensemble=ensemble,
+        judges=judges,
+        cut=cut,
+        network=network,
     )
     return [read(params, reference) for params in policies]

@@ -13,6 +13,7 @@ from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Completing, Prompting, check_prompts, load_prompts, prompt_batches
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data
@@ -24,6 +25,7 @@ from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
 from rlhf_jax.rewards.host import HostFunction, HostReward
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
 
@@ -89,6 +91,10 @@ class OnPolicyConfig(Rewarded):
 
     policy: str = "sft"
     """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    network: NetworkPart | None = None
+    """A reward model whose weighed score is added to that of `reward`, a function of texts; none: `reward` alone."""
+    truncate: Truncation | None = None
+    """Where the reward stops reading a completion; none: at its end."""
     steps: int = 40
     """Iterations: each samples a batch and learns from it."""
     evaluation_sampling: Sampling | None = None
@@ -101,6 +107,12 @@ class OnPolicyConfig(Rewarded):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "checkpoint_every")
+        if self.network is not None and isinstance(self.reward, str):
+            raise ValueError(f"network is added to a reward that is a function of texts, not to reward={self.reward!r}")
+        if self.truncate is not None and self.truncate.after >= self.completion_tokens:
+            raise ValueError(
+                f"truncate.after={self.truncate.after} must be under completion_tokens={self.completion_tokens}"
+            )
         roles = ", ".join(self.idle_roles)
         for role in self.placement.offload:
             if role not in self.idle_roles:
@@ -109,7 +121,18 @@ class OnPolicyConfig(Rewarded):
     @property
     def idle_roles(self) -> tuple[Idle, ...]:
         """Roles that hold parameters or states in phases in which they are idle."""
-        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
+        reads = isinstance(self.scored_by, str)
+        return ("reference", "reward", "optimizers") if reads else ("reference", "optimizers")
+
+    @property
+    def scored_by(self) -> str | HostFunction:
+        """The stage whose network scores on the devices; or, where none does, the function of texts."""
+        return self.reward if self.network is None else self.network.stage
+
+    def requires(self) -> dict[str, tuple[str, Role]]:
+        """The network beside a function, too."""
+        beside = {} if self.network is None else named("scorer", **{"network.stage": self.network.stage})
+        return super().requires() | beside
 
     @property
     def max_weight(self) -> float | None:
@@ -120,11 +143,6 @@ class OnPolicyConfig(Rewarded):
     def redraws(self) -> int:
         """How often, at most, groups of equal scores are replaced by those of further prompts."""
         return 0
-
-    @property
-    def cuts(self) -> bool:
-        """Whether the reward reads completions up to a token (the algorithm's `cut`)."""
-        return False
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know: lines of the log."""
@@ -180,7 +198,8 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             reward=fixed.network(fixed.reward) if scorer is None else scorer,
             ensemble=fixed.ensemble,
             judges=judged_by,
-            cut=algorithm.cut if config.cuts else None,
+            cut=None if config.truncate is None else algorithm.cut,
+            network=None if config.network is None else (config.network, fixed.network(fixed.reward)),
         )
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)

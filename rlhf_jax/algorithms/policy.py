@@ -168,6 +168,10 @@ class Config(PolicyGradientConfig):
                 "that is a function of texts, for a network's scores differ",
             ),
             (
+                self.dynamic_sampling > 0 and self.network is not None,
+                "network: a network's scores differ, and dynamic_sampling replaces groups of equal scores",
+            ),
+            (
                 self.dynamic_sampling > 0 and self.placement != Colocated(),
                 "dynamic_sampling needs placement=Colocated() without offload",
             ),

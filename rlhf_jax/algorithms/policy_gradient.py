@@ -20,7 +20,6 @@ from rlhf_jax.algorithms.context import Context, check_field, check_positive
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
-from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
@@ -57,8 +56,6 @@ class PolicyGradientConfig(OnPolicyConfig):
     """Price of KL to the reference."""
     shaping: Shaping = field(default_factory=Shaping)
     """Scaling, clipping, EOS penalty and whitening of rewards."""
-    truncate: Truncation | None = None
-    """Where the reward stops reading a completion; none: at its end."""
     gamma: float = 1.0
     """Discount a token."""
     entropy_coef: float = 0.0
@@ -100,10 +97,6 @@ class PolicyGradientConfig(OnPolicyConfig):
         for name in ("ptx", "ewc"):
             if vars(self)[name] is not None and self.placement != Colocated():
                 raise ValueError(f"{name} needs placement=Colocated() without offload")
-        if self.truncate is not None and self.truncate.after >= self.completion_tokens:
-            raise ValueError(
-                f"truncate.after={self.truncate.after} must be under completion_tokens={self.completion_tokens}"
-            )
         if self.shaping.eos_penalty is not None and not self.sampling.ends:
             raise ValueError("shaping.eos_penalty is for completions that may end: sampling.ends must be True")
 
@@ -123,11 +116,6 @@ class PolicyGradientConfig(OnPolicyConfig):
     def parts(self) -> int:
         """How many parts of a batch are scored one after another."""
         return self.minibatches * self.num_microbatches
-
-    @property
-    def cuts(self) -> bool:
-        """Where `truncate` says so."""
-        return self.truncate is not None
 
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a minibatch."""
@@ -160,7 +148,7 @@ class PolicyGradient(ABC):
     def frozen(self, context: Context, name: str) -> Frozen:
         """Reference, reward model, what lies under adapters, and of a stage's texts what it is asked to keep."""
         c = self.config
-        fixed = iterations.frozen(context, policy=c.policy, reward=c.reward, combine=c.combine)
+        fixed = iterations.frozen(context, policy=c.policy, reward=c.scored_by, combine=c.combine)
         if c.ptx is not None:
             fixed = dataclasses.replace(fixed, texts=pretraining_mix.held(c.ptx, context))
         if c.ewc is not None:
@@ -207,7 +195,7 @@ class PolicyGradient(ABC):
             greedy=greedy,
         )
         rollout = rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
-        return self.cut(rollout) if self.config.cuts else rollout
+        return rollout if self.config.truncate is None else self.cut(rollout)
 
     def cut(self, rollout: Rollout) -> Rollout:
         """With what of its completions the reward reads."""
@@ -222,7 +210,6 @@ class PolicyGradient(ABC):
         """
         c = self.config
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
-        is_network = isinstance(c.reward, str)
 
         def part(rows: Rollout) -> tuple[Any, ...]:
             window, temperature = slice(c.prompt_length, None), c.sampling.temperature
@@ -234,9 +221,7 @@ class PolicyGradient(ABC):
                 *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.prompt_mask | rows.read)
-                if is_network
-                else {"score": rows.scores},
+                self.readings(reward, frozen, rows),
             )
 
         values, logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.parts)
@@ -258,6 +243,16 @@ class PolicyGradient(ABC):
             "no_eos": row_mean((~ended(rollout, self.eos_id)).astype(jnp.float32), rollout.used),
         }
         return rollout, metrics
+
+    def readings(self, reward: Params, frozen: Frozen, rows: Rollout) -> dict[str, Float[Array, " b"]]:
+        """Scores, by a network or as a function has given them, and what else is known of them."""
+        c = self.config
+        if not isinstance(c.scored_by, str):
+            return {"score": rows.scores}
+        read = read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.prompt_mask | rows.read)
+        if c.network is None:
+            return read
+        return {**read, "score": rows.scores + c.network.shaped(read["score"]), "network_score": read["score"]}
 
     def with_old_logps(self, rollout: Rollout, state: Any, frozen: Frozen) -> tuple[Rollout, Metrics]:
         """Of a rollout made ahead this policy's log-probs, and how far it has moved on."""

@@ -21,6 +21,7 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.host import Texts
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampler
 from rlhf_jax.types import Key, Params, Rollout
 
@@ -53,8 +54,9 @@ class Row:
 class PolicyEvaluation:
     """Samples a policy on fixed prompts with a fixed key and reads the completions: KL, score, judges.
 
-    The score is a reward network's (its parameters) or a function's of the texts, as far as `cut` leaves them. KL is
-    that of the log-probs at `temperature`, whichever one the completions are sampled at.
+    The score is a reward network's (its parameters) or a function's of the texts, with `network` beside it if there is
+    one, as far as `cut` leaves them. KL is that of the log-probs at `temperature`, whichever one the completions are
+    sampled at.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class PolicyEvaluation:
         judges: Mapping[str, Judge],
         temperature: float,
         cut: Cut | None = None,
+        network: tuple[NetworkPart, Params] | None = None,
     ) -> None:
         self._mesh, self._tokenizer, self._sampler = mesh, tokenizer, sampler
         self._prompts, self._key, self._judges = prompts, key, judges
         self._cut = jax.jit(cut) if cut is not None else None
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
+        self._part, self._network = (None, self._network) if network is None else network
 
         def readings(params: Params, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
             read = rollout.prompt_mask | rollout.read
@@ -112,11 +116,19 @@ class PolicyEvaluation:
                 new, asking = rows[first:], prompts[first : first + count]
                 read = [self._tokenizer.decode(host.tokens[i][host.read[i]].tolist()) for i in range(count)]
                 asked = [Texts(p.text, text, p.metadata) for p, text in zip(asking, read, strict=True)]
-                self._add(new, "score", hosts.by_rows(self._scorer, asked))
+                self._add_scores(new, hosts.by_rows(self._scorer, asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():
             self._add(rows, name, judge(texts))
         return rows
+
+    def _add_scores(self, rows: Sequence[Row], scores: np.ndarray) -> None:
+        """A function's scores, and to these what the network beside it adds."""
+        if self._part is not None:
+            read = np.asarray([row.readings["score"] for row in rows], np.float32)
+            self._add(rows, "network_score", read)
+            scores = scores + np.asarray(self._part.shaped(read))
+        self._add(rows, "score", scores)
 
     def _add(self, rows: Sequence[Row], name: str, values: np.ndarray) -> None:
         for row, value in zip(rows, values, strict=True):

@@ -204,7 +204,7 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
     b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.scored_by, combine=config.combine)
     if config.ptx is not None:
         frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
     if config.ewc is not None:

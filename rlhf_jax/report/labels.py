@@ -91,6 +91,7 @@ LABELS = {
     "members_accuracy": Label("mean accuracy of members", "share"),
     "members_auc": Label("mean area of members", "share"),
     "members_rmse": Label("mean error of members", "root of mean square"),
+    "network_score": Label("reward-model score beside a function's"),
     "no_eos": Label("completions without EOS", "share"),
     "policy_clipped": Label("policy ratios clipped", "share of tokens"),
     "policy_loss": Label("policy loss"),

@@ -21,6 +21,8 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.spec import Lora
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated, Disaggregated
+from rlhf_jax.rewards.verifiers import PatternMatch
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import compiled
@@ -134,9 +136,10 @@ def test_a_stopped_run_with_every_detail_ends_where_an_unbroken_one_does(make_co
         steps=4, batch_size=8, prompt_tokens=(2, 6), completion_tokens=6, epochs=1, minibatches=2, exact_kl_rows=4,
         evaluation_prompts=8, checkpoint_every=2, optimizer=Optimizer(1e-3), critic=SharedTrunk(), average=0.5,
         replay=Replay(rollouts=2), ewc=Consolidation(texts=4, row_length=12), truncate=Truncation("e", after=1),
-        sampling=Sampling(ends=False),
+        sampling=Sampling(ends=False), reward=PatternMatch("e"), network=NetworkPart(weight=0.1),
     )  # fmt: skip
     check_resumption(config, whole, broken, monkeypatch, stop_after=3)
+    assert config.requires() == {"policy": ("sft", "policy"), "network.stage": ("reward_model", "scorer")}
     assert "head" not in whole.policy_params("ppo")
     assert (broken.stage_dir("ppo") / "fisher" / "digests.json").is_file()
 

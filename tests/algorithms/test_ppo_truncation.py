@@ -16,7 +16,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import PolicyEvaluation
 from rlhf_jax.interop.tokenizers import train_sentencepiece
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.rewards.lexical import Length
 from rlhf_jax.rewards.shaping import EosPenalty, Shaping
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Rollout
 
@@ -27,6 +29,7 @@ CONFIG = ppo.Config(
     minibatches=1, shaping=Shaping(scale=2.0),
 )  # fmt: skip
 STOPS = (6, 7)
+PART = NetworkPart("rm", weight=0.5, mean=0.1, std=2.0, clip=0.2)
 
 
 def rollouts():
@@ -86,17 +89,22 @@ def test_networks_and_functions_read_what_is_left(model):
     for i, row in enumerate(rows):
         tokens[i, PROMPT - 1 : PROMPT + len(row)] = [tokenizer.bos_id, *row]
         completions[i, PROMPT : PROMPT + len(row)], prompts[i, PROMPT - 1] = True, True
-    config = dataclasses.replace(CONFIG, batch_size=3, exact_kl_rows=1)
+    config = dataclasses.replace(CONFIG, batch_size=3, exact_kl_rows=1, reward=Length(5), network=PART)
     ids = truncation.token_ids(config.truncate, tokenizer)
     algorithm = ppo.Algorithm(config, spec, eos_id=tokenizer.eos_id, pad_id=0, cut_ids=ids)
     rollout = Rollout(tokens, prompts, completions, np.zeros(tokens.shape, np.float32))
     rollout = algorithm.cut(jax.tree.map(jnp.asarray, rollout))
     read = [row.completion for row in iterations.with_rows(rollout, [PromptRow("", (2,), {})] * 3, tokenizer)]
     assert read == ["a film .", "no end", "a story ."]
-    scored, _ = jax.jit(algorithm.score)(params, Frozen(params, reward, {}, {}), rollout)
-    for score, text in zip(scored.scores, read, strict=True):
+    given = np.asarray([0.5, -1.0, 2.0], np.float32)
+    rollout = rollout.replace(scores=jnp.asarray(given))
+    scored, metrics = jax.jit(algorithm.score)(params, Frozen(params, reward, {}, {}), rollout)
+    own = []
+    for text in read:
         row = np.asarray([[tokenizer.bos_id, *tokenizer.encode(text)]])
-        np.testing.assert_allclose(score, models.score(spec, reward, row, row >= 0)[0], atol=1e-5)
+        own.append(float(models.score(spec, reward, row, row >= 0)[0]))
+    np.testing.assert_allclose(scored.scores, given + 0.5 * np.clip((np.asarray(own) - 0.1) / 2, -0.2, 0.2), atol=1e-5)
+    assert metrics["network_score"] == pytest.approx(np.mean(own), abs=1e-5) and max(np.abs(own)) > 0.5
 
 
 def test_completions_go_on_past_eos_and_are_read_so_before_and_after(model):
@@ -108,20 +116,23 @@ def test_completions_go_on_past_eos_and_are_read_so_before_and_after(model):
         sampler = Sampler(spec, mesh, tokenizer, prompt_length=PROMPT, max_new_tokens=30, sampling=sampling,
                           batch_size=64)  # fmt: skip
         read = PolicyEvaluation(
-            *(spec, mesh, tokenizer, sampler, rows, jax.random.key(0)), reward=reward, judges={}, temperature=5.0,
-            cut=lambda rollout: truncation.cut(Truncation(after=3), ids, rollout),
+            *(spec, mesh, tokenizer, sampler, rows, jax.random.key(0)), judges={}, temperature=5.0,
+            reward=lambda texts: np.asarray([len(text.completion) for text in texts], np.float32),
+            network=(PART, reward), cut=lambda rollout: truncation.cut(Truncation(after=3), ids, rollout),
         )  # fmt: skip
         made[goes_on] = read(params, params)
     for short, long in zip(made[False], made[True], strict=True):
         assert len(long.tokens) == 30 and long.tokens[: len(short.tokens)] == short.tokens
     assert any(tokenizer.eos_id in row.tokens[:-1] for row in made[True])
-    whole, mask, score = np.zeros((64, 32), np.int32), np.zeros((64, 32), bool), []
+    whole, mask, lengths = np.zeros((64, 32), np.int32), np.zeros((64, 32), bool), []
     for i, (row, prompt) in enumerate(zip(made[True], rows, strict=True)):
         stop = next((n for n, token in enumerate(row.tokens) if n >= 3 and token in ids), 29)
         left = [*prompt.tokens, *row.tokens[: stop + 1]]
         whole[i, : len(left)], mask[i, : len(left)] = left, True
-        score.append(row.readings["score"])
-    np.testing.assert_allclose(score, models.score(spec, reward, whole, mask), atol=1e-5)
+        lengths.append(len(tokenizer.decode(row.tokens[: stop + 1])))
+    score, own = (np.asarray([row.readings[name] for row in made[True]]) for name in ("score", "network_score"))
+    np.testing.assert_allclose(own, models.score(spec, reward, whole, mask), atol=1e-5)
+    np.testing.assert_allclose(score, lengths + 0.5 * np.clip((own - 0.1) / 2, -0.2, 0.2), atol=1e-5)
     assert 100 < mask.sum() < 64 * 24
 
 
@@ -131,6 +142,11 @@ def test_completions_go_on_past_eos_and_are_read_so_before_and_after(model):
         (lambda: Truncation(""), "truncate.at must be the text of a token without spaces around it, got ''"),
         (lambda: Truncation(after=-1), r"truncate.after must lie in \[0, inf\), got -1"),
         (lambda: dataclasses.replace(CONFIG, completion_tokens=2), "truncate.after=2 must be under completion_tok"),
+        (
+            lambda: ppo.Config(network=PART),
+            "network is added to a reward that is a function of texts, not to rew",
+        ),
+        (lambda: NetworkPart(std=0.0), r"network.std must lie in \(0, inf\), got 0"),
         (
             lambda: ppo.Config(sampling=Sampling(ends=False), shaping=Shaping(eos_penalty=EosPenalty())),
             "shaping.eos_penalty is for completions that may end: sampling.ends must be True",
