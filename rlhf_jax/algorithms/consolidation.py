@@ -68,7 +68,7 @@ def shapes(start: Params) -> Params:
 
 
 def fisher(config: Consolidation, context: Context, name: str, start: Params) -> Params:
-    """F, one text's gradient after the other; every device reads every text."""
+    """F, one text's gradient after the other; devices that split a batch read copies of it."""
     texts, tokenizer = context.reviews.train, context.tokenizer
     chosen = context.rng(f"{name}/{FOLDER}").permutation(len(texts))[: config.texts]
     tokens = np.full((len(chosen), config.row_length), tokenizer.pad_id, np.int32)
@@ -77,11 +77,14 @@ def fisher(config: Consolidation, context: Context, name: str, start: Params) ->
         row = sentence_rows([texts[index].text], tokenizer, row_length=config.row_length)[0].tokens
         tokens[i, : len(row)], mask[i, : len(row)] = row, True
 
+    copies = sharding.row_multiple(context.mesh)  # of a text in a batch, which the mesh divides
+
     def logp(own: Params, example: Any, base: Params) -> jax.Array:
-        params, (tokens, mask) = lora.merge(base, own), example
-        states = models.hidden(context.spec, params, tokens[None], mask[None])
-        logps = next_token_logps(models.unembed(context.spec, params, states), tokens[None])
-        return keep(logps, mask[None]).sum()
+        params = lora.merge(base, own)
+        tokens, mask = (jnp.broadcast_to(x, (copies, *x.shape)) for x in example)
+        states = models.hidden(context.spec, params, tokens, mask)
+        logps = next_token_logps(models.unembed(context.spec, params, states), tokens)
+        return keep(logps, mask).sum() / copies
 
     def program(start: Params, base: Params, examples: Any) -> Params:
         return fisher_diagonal(lambda own, example: logp(own, example, base), start, examples)

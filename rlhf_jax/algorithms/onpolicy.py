@@ -40,7 +40,10 @@ class ValueHead:
 
 @dataclass(frozen=True)
 class SharedTrunk:
-    """A head of zeros on the policy's own trunk: one network, one optimiser, one forward pass (Ziegler et al. 2019)."""
+    """A head of zeros on the policy's own trunk: one network, one optimiser, one forward pass (Ziegler et al. 2019).
+
+    What stops the policy's updates (`stop_at_kl`, `optimizer.bad_steps`) stops the critic's with them.
+    """
 
     value_coef: float = 0.1
     """Weight of the value loss beside the policy's."""

@@ -16,6 +16,7 @@ from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.models import lora
 from rlhf_jax.models.spec import Lora
 from rlhf_jax.placement import Colocated
+from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Mean
 from tests.algorithms.conftest import SPEC
 
@@ -65,6 +66,16 @@ def test_fisher_is_the_mean_square_of_each_texts_own_gradient(context):
     (context.stage_dir("ppo") / "fisher" / "digests.json").write_text("{}")
     other = consolidation.anchored(EWC, context, "ppo", changed)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (other.fisher, anchor.fisher)), strict=True))
+
+
+def test_a_mesh_finds_the_same(make_context):
+    """Stages among its axes too, whose batches must divide."""
+    found = []
+    for name, mesh in (("one", None), ("many", MeshConfig(data=2, pipeline=2, tensor=2))):
+        context = make_context(name, mesh=mesh)
+        found.append(jax.device_get(consolidation.fisher(EWC, context, "ppo", context.policy_params("base"))))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_the_penalty_is_that_of_kirkpatrick_whatever_the_parts():

@@ -25,9 +25,12 @@ from rlhf_jax.algorithms import (
     supervised,
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
+from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
+from rlhf_jax.algorithms.replay import Replay
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
@@ -42,6 +45,7 @@ from rlhf_jax.optim import Optimizer
 from rlhf_jax.plan import estimate, programs
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.verifiers import PatternMatch
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import PreferenceBatch
 from tests.toys import ToyStage
@@ -159,6 +163,25 @@ def test_a_method_without_a_critic_has_its_programs():
         assert one.function.lower(*one.args) is not None
     ppo_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (of_ppo, one))
     assert own < 0.6 * ppo_bytes
+
+
+def test_ppos_details_have_their_programs():
+    """A critic on the policy's trunk has no optimiser of its own; older rollouts are split as a batch is."""
+    details = dataclasses.replace(
+        STAGES["ppo"], critic=onpolicy.SharedTrunk(), replay=Replay(rollouts=2), ewc=Consolidation(), average=0.9,
+        reward=PatternMatch("x"), network=NetworkPart(), truncate=Truncation(after=3),
+    )  # fmt: skip
+    mesh = sharding.make_mesh(MESHES[0])
+    found = programs.programs(experiment(stages={**STAGES, "details": details}), mesh)
+    by_name = {f"{one.stage}.{one.name}": one for one in found}
+    plain, learn = by_name["ppo.iteration"], by_name["details.learn"]
+    with sharding.scope(mesh):
+        assert learn.function.lower(*learn.args) is not None
+    plain_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (plain, learn))
+    assert own < 0.6 * plain_bytes
+    assert learn.args[0].older.tokens.sharding.shard_shape((128, 28)) == (16, 28)
+    fisher = jax.tree.leaves(learn.args[1].anchor.fisher)
+    assert sum(x.size for x in fisher) == sum(x.size for x in jax.tree.leaves(learn.args[1].reference))
 
 
 def test_stages_that_make_rows_sample_and_judge():
