@@ -212,6 +212,8 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
         frozen = dataclasses.replace(frozen, anchor=consolidation.Anchor(start, consolidation.shapes(start)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
+    if config.truncate is not None:
+        rollout = rollout.replace(read_mask=rollout.completion_mask)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
     kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
@@ -306,8 +308,9 @@ def _roles(frozen: Any, *states: Any) -> dict[str, Any]:
 def _rollout(context: Context, b: int, t: int) -> Rollout:
     """What has been sampled, and scored by a function."""
     rows = functools.partial(_batch, context, (b, t))
-    scores = _batch(context, (b,), jnp.float32)
-    return Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32), scores=scores)
+    scores, written_at = (_batch(context, (b,), dtype) for dtype in (jnp.float32, jnp.int32))
+    made = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
+    return made.replace(scores=scores, written_at=written_at)
 
 
 def _cache_bytes(context: Context, batch: int, length: int) -> int:

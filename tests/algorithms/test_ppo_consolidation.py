@@ -54,7 +54,7 @@ def test_fisher_is_the_mean_square_of_each_texts_own_gradient(context):
             logits = models.logits(ADAPTED, lora.merge(context.base, own), tokens)
             return jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1).sum()
 
-        squares.append(jax.tree.map(np.square, jax.grad(logp)(start)))
+        squares.append(jax.tree.map(np.square, jax.jit(jax.grad(logp))(start)))
     for found, *each in zip(*map(jax.tree.leaves, (anchor.fisher, *squares)), strict=True):
         np.testing.assert_allclose(found, np.mean(each, 0), rtol=1e-4, atol=1e-6)
         assert np.asarray(found).max() > 0
@@ -68,6 +68,7 @@ def test_fisher_is_the_mean_square_of_each_texts_own_gradient(context):
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (other.fisher, anchor.fisher)), strict=True))
 
 
+@pytest.mark.slow
 def test_a_mesh_finds_the_same(make_context):
     """Stages among its axes too, whose batches must divide."""
     found = []
