@@ -1,6 +1,6 @@
 """Sentiment by PPO with the details of Ziegler et al. 2019: SFT → reward model → PPO, on the bundled LM.
 
-    rlhf-jax run configs/sentiment_ziegler.py      (2 CPU cores, 5 minutes; expected: gold 0.51 -> 0.87 at 10 nats of KL)
+    rlhf-jax run configs/sentiment_ziegler.py      (2 CPU cores, 5 minutes; expected: gold 0.51 -> 0.87 at 10 nats)
 
 As `quickstart.py`, but for the preset `ziegler2019`: the critic is a head on the policy's own trunk, completions of 24
 tokens go on past EOS, the reward reads them up to the first full stop after 16 tokens and is -1 where there is none,
