@@ -30,6 +30,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     made_rows,
+    online_preference,
     policy,
     ppo,
     preference,
@@ -58,6 +59,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     constitutional.Config: constitutional.train,
     ai_feedback.Config: ai_feedback.train,
     policy.Config: policy.train,
+    online_preference.Config: online_preference.train,
     best_of_n.Config: best_of_n.train,
     distill.Config: distill.train,
 }

@@ -28,7 +28,7 @@ Judge = Callable[[Sequence[str]], np.ndarray]
 """Texts to one number each."""
 
 Scorer = Callable[[Sequence[Texts]], np.ndarray]
-"""Prompts, completions and rows' other fields to one score each."""
+"""Prompts, completions and rows' other fields to one score each; every process of a run calls it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PolicyEvaluation:
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
                 new, asking = rows[first:], prompts[first : first + count]
                 asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(asking, new, strict=True)]
-                self._add(new, "score", hosts.by_rows(self._scorer, asked))
+                self._add(new, "score", self._scorer(asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():
             self._add(rows, name, judge(texts))
