@@ -40,7 +40,7 @@ def iterated(
     """
     if not isinstance(learn.reward, str):
         raise ValueError("learn.reward: rounds refresh a reward model; name the stage of the first")
-    if isinstance(refresh.pairs, SampledPairs) == (feedback is not None):
+    if not isinstance(refresh.pairs, SampledPairs if feedback is None else Source):
         wanted = "the rows of a source" if feedback is not None else "SampledPairs(…), or give feedback"
         raise ValueError(f"refresh.pairs: {wanted}, to which rounds add pairs")
     stages: dict[str, StageConfig] = {"learn_1": learn}

@@ -74,6 +74,11 @@ class Rewarded(Completing):
         judge = self.local_judge
         return super().lengths() | ({} if judge is None else {"reward.judge.length": judge.length})
 
+    @property
+    def judge_rows(self) -> dict[str, int]:
+        """Questions that a judge of the run reads at once, by their field."""
+        return {} if self.local_judge is None else {"reward.judge.batch_size": self.local_judge.batch_size}
+
     def check_inputs(self, data: Data) -> None:
         """The rows, or the labelled texts that openings are cut from, and what a reward reads of them; its file."""
         if isinstance(self.reward, str | JudgeReward):

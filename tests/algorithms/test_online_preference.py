@@ -44,7 +44,7 @@ from tests.rewards.serving import Server
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-SPEC = ModelSpec(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, max_len=64)
+SPEC = ModelSpec(vocab_size=320, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, max_len=64)
 P, N, B = 5, 6, 8  # columns of a prompt, tokens of a completion, completions
 COMMON = {
     "policy": "base", "steps": 4, "batch_size": B, "prompt_tokens": (1, P - 1), "too_long": "start",
@@ -75,7 +75,7 @@ def rows(tmp_path_factory):
     words = ("a", "quiet", "film", "about", "seven", "old", "friends", "who", "never", "meet", "again")
     texts = [" ".join(words[(i // 5 + i * j) % 11] for j in range(1, 6)) for i in range(55)]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return Jsonl(path, heldout=0.1), train_sentencepiece([*texts, *["Answer: A", "Answer: B"] * 20], vocab_size=300)
+    return Jsonl(path, heldout=0.1), train_sentencepiece([*texts, *["Answer: A", "Answer: B"] * 20], vocab_size=320)
 
 
 @pytest.fixture
@@ -218,9 +218,8 @@ def test_learns_and_reports_and_a_stopped_run_ends_where_an_unbroken_one_does(co
     assert np.mean([line["score"] for line in lines[-3:]]) > lines[0]["score"] + 0.2
     assert lines[0]["kl_coef"] != lines[-1]["kl_coef"] and lines[0]["ratio_deviation"] < 1e-5
     assert {name for line in lines for name in line} - {"stage", "step"} <= LABELS.keys()
-    figures = online_preference.train(config, whole, "online")
-    assert figures["pairs_tied"] == round(16 * sum(line["equal_groups"] for line in lines)) > 0
-    assert figures["pairs"] + figures["pairs_tied"] == 8 * 16
+    tied = online_preference.tied_groups(config, whole, "online")
+    assert tied == round(16 * sum(line["equal_groups"] for line in lines)) > 0
 
 
 def test_a_mesh_in_microbatches_takes_the_iterations_of_one_device(context, rows):
@@ -303,11 +302,12 @@ def test_an_endpoint_judges_pairs_and_goes_away_and_the_run_goes_on(context, row
         bodies = [json.dumps(body) for _, _, body in server.asked]
         assert len(bodies) - refused == len(set(bodies)) == figures["judge_requests"]
         whole = trained(server, context("whole"))
-    differs = {"judge_requests", "judge_tokens"}
-    assert {k: v for k, v in whole.items() if k not in differs} == {
-        k: v for k, v in figures.items() if k not in differs
-    }
-    assert figures["win_rate"] > 0.6 and figures["win_rate_low"] <= figures["win_rate"] <= figures["win_rate_high"]
+    assert whole == figures
+    samples = read_jsonl(context("whole").stage_dir("online") / "samples.jsonl")
+    lines = [line["completion"].count("e") for line in samples]
+    leads = np.subtract(lines[4:], lines[:4])  # the same prompts, after and before
+    assert figures["win_rate"] == pytest.approx(np.mean(0.5 + 0.4 * np.sign(leads)), abs=1e-6)
+    assert 0.1 <= figures["win_rate_low"] <= figures["win_rate"] <= figures["win_rate_high"] <= 0.9
     assert figures["pairs_tied"] > 0 and "score_after" not in figures
     assert figures.keys() - {"steps"} <= {f"{name}{when}" for name in LABELS for when in ("", "_before", "_after")}
 
