@@ -38,16 +38,17 @@ def get_config() -> Experiment:
             **iterated(
                 reward_model.Config(
                     init="sft",
-                    pairs=reward_model.SampledPairs(prompts=600, heldout_prompts=200, completions=4),
-                    steps=700,
+                    pairs=reward_model.SampledPairs(prompts=400, heldout_prompts=200, completions=4),
+                    steps=400,
                     batch_size=8,
+                    evaluate_every=200,
                     optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
                 ),
                 ppo.Config(
                     policy="sft",
                     reward="reward_model",
                     critic="reward_model",
-                    steps=10,
+                    steps=8,
                     batch_size=128,
                     epochs=2,
                     entropy_coef=0.015,
