@@ -1,8 +1,8 @@
 """The quickstart with online DPO in PPO's place: SFT → reward model → pairs of the policy's own, judged as it writes.
 
-    rlhf-jax run configs/sentiment_online_dpo.py      (2 CPU cores, minutes; expected: gold 0.49 -> 0.91 at 8 nats of KL)
+    rlhf-jax run configs/sentiment_online_dpo.py      (2 CPU cores, minutes; expected: gold 0.49 -> 0.91, 8 nats of KL)
 
-Two completions of each prompt, of which the reward model says which is better, and a step of DPO's loss against the SFT
+Two completions of each prompt, of which the reward model says which is better, and steps of DPO's loss against the SFT
 policy (Guo et al. 2024). The other names of `online_preference.METHODS` may stand in its place.
 """
 
