@@ -54,7 +54,7 @@ class Rewarded(Completing):
         if self.combine is not None and not isinstance(self.reward, str):
             raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
         if isinstance(self.reward, JudgeReward) and self.copies < 2:
-            raise ValueError("reward: a judge compares completions of one prompt, of which this stage scores one alone")
+            raise ValueError("reward: a judge compares completions of one prompt: group_size must be at least 2")
 
     @property
     def local_judge(self) -> LocalJudge | None:
