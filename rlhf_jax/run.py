@@ -23,6 +23,7 @@ from rlhf_jax import checkpoint, hosts, models, records, report, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
+    compare,
     constitutional,
     distill,
     made_rows,
@@ -57,6 +58,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     policy.Config: policy.train,
     online_preference.Config: online_preference.train,
     best_of_n.Config: best_of_n.train,
+    compare.Config: compare.train,
     distill.Config: distill.train,
 }
 """What trains each kind of stage."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.algorithms import judges, made_rows
+from rlhf_jax.algorithms import made_rows, pair_judges
 from rlhf_jax.algorithms.constitution import read_constitution
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive, named
 from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts
@@ -88,7 +88,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     rows = load_prompts(config, context, name).train[: config.prompts]
     principles = config.principles or [one.preference for one in read_constitution(config.constitution)]
     drawn = [principles[i] for i in context.rng(f"{name}/principles").integers(len(principles), size=len(rows))]
-    complete, judge = _completions(config, context, name), judges.of(config.judge, context, name)
+    complete, judge = _completions(config, context, name), pair_judges.of(config.judge, context, name)
 
     def judged(number: int, batch: Sequence[tuple[PromptRow, str]]) -> made_rows.Rows:
         texts = complete(number, [row for row, _ in batch])
@@ -105,7 +105,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     figures = {"pairs": len(kept), "left_out": len(made) - len(kept), **_figures(made)}
     if config.data is None and context.labelled:
         figures |= _agreement(kept, context)
-    return figures | judges.costs(judge)
+    return figures | pair_judges.costs(judge)
 
 
 _READINGS = ("as_a", "as_b", "unread")

@@ -69,7 +69,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     groups = sampled(config, context, name, [*prompts.heldout, *(prompts.train[int(i)] for i in order)])
     heldout, others = groups[: len(prompts.heldout)], groups[len(prompts.heldout) :]
     rows = kept(config, others, name)
-    read = readings(heldout, context.tokenizer.eos_id, onpolicy.other_judges(config, context))
+    read = readings(heldout, context.tokenizer.eos_id, onpolicy.judges(config, context))
     points = curve(read)
     first = [own[0] for own in read]
     best = [max(own, key=lambda row: row.readings["score"]) for own in read]

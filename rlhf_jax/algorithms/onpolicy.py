@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms import judges
+from rlhf_jax.algorithms import pair_judges
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
@@ -157,7 +157,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     The state is on the sub-mesh that improves.
     """
     config = algorithm.config
-    prompts, judged_by = load_prompts(config, context, name), other_judges(config, context)
+    prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with reader(config, context, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
         fixed = algorithm.frozen(places.sampling)
@@ -184,7 +184,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             judges=judged_by,
         )
         preferred = (
-            {} if judge is None else {**win_rate(judge, prompts.heldout, before, after), **judges.costs(judge.ask)}
+            {} if judge is None else {**win_rate(judge, prompts.heldout, before, after), **pair_judges.costs(judge.ask)}
         )
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
@@ -240,7 +240,7 @@ def reader(config: Rewarded, context: Context, name: str) -> Iterator[Scorer | N
     if isinstance(config.reward, str):
         yield None
     elif isinstance(config.reward, JudgeReward):
-        yield GroupJudge(config.reward, judges.of(config.reward.judge, context, name), size=config.copies)
+        yield GroupJudge(config.reward, pair_judges.of(config.reward.judge, context, name), size=config.copies)
     else:
         with HostReward(config.reward, name) as scorer:
             yield scorer
@@ -270,7 +270,7 @@ def win_rate(
     return {"win_rate": float(better.mean()), "win_rate_low": low, "win_rate_high": high}
 
 
-def other_judges(config: Prompting, context: Context) -> dict[str, Judge]:
+def judges(config: Prompting, context: Context) -> dict[str, Judge]:
     """Who else reads completions, where prompts are openings of labelled reviews."""
     return {} if config.data is not None else sentiment_judges(context)
 
