@@ -9,8 +9,8 @@ from rlhf_jax import run
 from tests.faults import Faulty, at_step
 
 STEPS = {
-    "sft": 6, "reward_model": 6, "ppo": 4, "dpo": 6, "grpo": 4, "online": 4, "best": 0, "rejection": 4, "distilled": 4, "beside": 0,
-    "judged": 0, "revised": 0,
+    "sft": 6, "reward_model": 6, "ppo": 4, "dpo": 6, "grpo": 4, "online": 4, "best": 0, "rejection": 4, "distilled": 4,
+    "beside": 0, "judged": 0, "revised": 0,
 }  # fmt: skip
 CONFIG = '''"""A stage of each kind, of a tiny model from nothing."""
 

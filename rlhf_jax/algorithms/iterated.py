@@ -13,15 +13,15 @@ from typing import Any, Literal, TypeVar
 from rlhf_jax.algorithms import ai_feedback, ppo, reward_model
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import StageConfig
-from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
+from rlhf_jax.algorithms.policy_gradient import PolicyGradientConfig
 from rlhf_jax.data.sources import FromStage, Mixture, Source
 
-Learn = TypeVar("Learn", bound=OnPolicyConfig)
+Learn = TypeVar("Learn", bound=PolicyGradientConfig)
 
 
 def iterated(
     refresh: reward_model.Config,
-    learn: OnPolicyConfig,
+    learn: PolicyGradientConfig,
     *,
     rounds: int,
     start: Literal["newest", "first"] = "newest",
