@@ -28,7 +28,8 @@ from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.placement import Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
-from rlhf_jax.rewards.host import HostFunction, Texts
+from rlhf_jax.rewards.group_judge import Reward
+from rlhf_jax.rewards.host import Texts
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Key, Metrics, Params, Rollout, TrainState
 
@@ -54,7 +55,7 @@ class Frozen:
         return lora.merge(self.head_base, own)
 
 
-def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine: Combine | None = None) -> Frozen:
+def frozen(context: Context, *, policy: str, reward: str | Reward, combine: Combine | None = None) -> Frozen:
     """The reference, which is the policy's start, and a reward model, from the stages that made them.
 
     An ensemble's scores become one by `combine`, or as its stage says. The model itself (BASE) as a reference is the
@@ -70,7 +71,7 @@ def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine
     )
 
 
-def ensemble_of(context: Context, reward: str | HostFunction, combine: Combine | None) -> Ensemble | None:
+def ensemble_of(context: Context, reward: str | Reward, combine: Combine | None) -> Ensemble | None:
     """How the scores of a stage's reward models become one, by `combine` or as the stage says; None where it is one."""
     ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
     if ensemble is None or combine is None:
@@ -216,7 +217,7 @@ class Whole:
         which = (np.int32(draw),) if self._redraws else ()
         inputs = held, self._frozen, sharding.shard_batch(self._context.mesh, prompts), *which
         rollout = self._programs["sample"](*inputs)
-        return rollout, hosts.by_rows(scorer, with_rows(rollout, rows, self._context.tokenizer))
+        return rollout, scorer(with_rows(rollout, rows, self._context.tokenizer))
 
 
 def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
@@ -343,7 +344,7 @@ class Phases:
         """Queue the scoring of a rollout, after a reward of texts has read it, for those who improve by it."""
         rollout, own, rows = drawn
         if self._scorer is not None:
-            scores = hosts.by_rows(self._scorer, with_rows(rollout, rows, self._places.sampling.tokenizer))
+            scores = self._scorer(with_rows(rollout, rows, self._places.sampling.tokenizer))
             rollout = rollout.replace(scores=sharding.shard_batch(self._sampling, scores))
         rollout = self._in_turn(rollout)
         with sharding.scope(self._sampling):

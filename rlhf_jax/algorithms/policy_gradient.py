@@ -119,7 +119,7 @@ class PolicyGradientConfig(OnPolicyConfig):
 
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a minibatch."""
-        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts}
+        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts} | self.judge_rows
 
     @property
     def updates(self) -> int:

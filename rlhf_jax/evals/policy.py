@@ -29,7 +29,7 @@ Judge = Callable[[Sequence[str]], np.ndarray]
 """Texts to one number each."""
 
 Scorer = Callable[[Sequence[Texts]], np.ndarray]
-"""Prompts, completions and rows' other fields to one score each."""
+"""Prompts, completions and rows' other fields to one score each; every process of a run calls it."""
 
 Cut = Callable[[Rollout], Rollout]
 """Sets a rollout's `read_mask`: what of its completions a reward reads."""
@@ -77,7 +77,7 @@ class PolicyEvaluation:
     ) -> None:
         self._mesh, self._tokenizer, self._sampler = mesh, tokenizer, sampler
         self._prompts, self._key, self._judges = prompts, key, judges
-        self._cut = jax.jit(cut) if cut is not None else None
+        self._cut = (lambda rollout: rollout) if cut is None else jax.jit(cut)
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
         self._part, self._network = (None, self._network) if network is None else network
 
@@ -103,7 +103,7 @@ class PolicyEvaluation:
         rows: list[Row] = []
         for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in prompts], key):
             with sharding.scope(self._mesh):
-                rollout = rollout if self._cut is None else self._cut(rollout)
+                rollout = self._cut(rollout)
                 readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
             host, first = hosts.fetch(rollout), len(rows)
             for i in range(count):
@@ -116,7 +116,7 @@ class PolicyEvaluation:
                 new, asking = rows[first:], prompts[first : first + count]
                 read = [self._tokenizer.decode(host.tokens[i][host.read[i]].tolist()) for i in range(count)]
                 asked = [Texts(p.text, text, p.metadata) for p, text in zip(asking, read, strict=True)]
-                self._add_scores(new, hosts.by_rows(self._scorer, asked))
+                self._add_scores(new, self._scorer(asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():
             self._add(rows, name, judge(texts))

@@ -22,6 +22,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     iterations,
+    online_preference,
     policy,
     ppo,
     preference,
@@ -200,6 +201,12 @@ def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Prog
     yield from _on_policy(algorithm, state, context, name, state.policy)
 
 
+def _online_preference(config: online_preference.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = online_preference.Algorithm(config, context.spec, **ENDS)
+    state = online_preference.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
 def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
     config = algorithm.config
     b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
@@ -228,6 +235,19 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
     calls = 2 * math.ceil(config.evaluation_prompts / b)  # before and after
     policy, sampling = frozen.policy(state.policy.params), config.evaluation_sampling or config.sampling
     yield _decode(context, name, "decode", policy, (b, p, n), sampling, calls)
+    judge = config.local_judge
+    if judge is not None:
+        asked = b * (config.copies - 1), 2 * config.evaluation_prompts  # an iteration, and the last policy at the end
+        calls = [math.ceil(questions / judge.batch_size) for questions in asked]
+        yield _judge(context, name, judge, config.steps * calls[0] + calls[1])
+
+
+def _judge(context: Context, stage: str, judge: LocalJudge, calls: int) -> Program:
+    """Questions to a model of the run."""
+    rows, params = (judge.batch_size, judge.length), context.policy(judge.model)
+    args = (params, _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_))
+    function, roles = judging_program(context.spec, 0, 1), {"parameters": params}
+    return Program(stage, "judge", function, args, roles, calls, math.prod(rows))
 
 
 def _decode(
@@ -248,12 +268,7 @@ def _ai_feedback(config: ai_feedback.Config, context: Context, name: str) -> Ite
     calls = math.ceil(config.prompts / (b // 2))
     yield _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
     if isinstance(judge, LocalJudge):
-        rows, params = (judge.batch_size, judge.length), context.policy(judge.model)
-        args = (params, _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_))
-        calls *= math.ceil(b / judge.batch_size)
-        yield Program(
-            name, "judge", judging_program(context.spec, 0, 1), args, {"parameters": params}, calls, math.prod(rows)
-        )
+        yield _judge(context, name, judge, calls * math.ceil(b / judge.batch_size))
 
 
 def _constitutional(config: constitutional.Config, context: Context, name: str) -> Iterator[Program]:
@@ -300,6 +315,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
     policy.Config: _policy,
+    online_preference.Config: _online_preference,
     best_of_n.Config: _best_of_n,
     compare.Config: _compare,
     distill.Config: _distill,

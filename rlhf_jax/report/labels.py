@@ -93,6 +93,8 @@ LABELS = {
     "members_rmse": Label("mean error of members", "root of mean square"),
     "network_score": Label("reward-model score beside a function's"),
     "no_eos": Label("completions without EOS", "share"),
+    "pairs": Label("pairs", "count"),
+    "pairs_tied": Label("pairs left out, as equally good", "count"),
     "policy_clipped": Label("policy ratios clipped", "share of tokens"),
     "policy_loss": Label("policy loss"),
     "ptx_loss": Label("loss on pretraining texts", "nats per token"),
@@ -144,6 +146,9 @@ LABELS = {
     "vader_teacher": Label("VADER of the teacher", "compound, −1 to 1"),
     "value_clipped": Label("values clipped", "share of tokens"),
     "value_loss": Label("value loss"),
+    "win_rate": Label("probability that the judge prefers the last policy's completion", "0.5 of a tie"),
+    "win_rate_low": Label("… its 95% interval from"),
+    "win_rate_high": Label("… to"),
     "weights_cut": Label("importance weights cut", "share of tokens"),
 }
 

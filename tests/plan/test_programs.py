@@ -15,6 +15,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     iterations,
+    online_preference,
     onpolicy,
     policy,
     ppo,
@@ -44,6 +45,8 @@ from rlhf_jax.models.spec import Lora
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.plan import estimate, programs
 from rlhf_jax.rewards.ensemble import Ensemble
+from rlhf_jax.rewards.group_judge import JudgeReward
+from rlhf_jax.rewards.judging import LocalJudge
 from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sharding import MeshConfig
@@ -182,6 +185,21 @@ def test_ppos_details_have_their_programs():
     assert learn.args[0].older.tokens.sharding.shard_shape((128, 28)) == (16, 28)
     fisher = jax.tree.leaves(learn.args[1].anchor.fisher)
     assert sum(x.size for x in fisher) == sum(x.size for x in jax.tree.leaves(learn.args[1].reference))
+
+
+def test_online_pairs_that_a_model_of_the_run_judges():
+    judge = JudgeReward(LocalJudge("sft", length=48, batch_size=16))
+    sizes = {"prompt_tokens": (2, 7), "completion_tokens": 20, "batch_size": 64, "group_size": 4}
+    online = online_preference.Config(policy="sft", reward=judge, steps=5, evaluation_prompts=100, **sizes)
+    stages = {"sft": STAGES["sft"], "online": online}
+    _, *found = programs.programs(experiment(stages=stages), sharding.make_mesh(MESHES[0]))
+    assert {one.name: (one.calls, one.tokens) for one in found} == {
+        "sample": (5, 64 * 28), "learn": (5, 64 * 28), "decode": (2 * 2, 64 * 28),
+        "judge": (5 * 16 * 6 * 2 // 16 + 13, 16 * 48),  # six pairs a prompt in both orders; 200 questions at the end
+    }  # fmt: skip
+    with sharding.scope(sharding.make_mesh(MESHES[0])):
+        for one in found:
+            one.function.lower(*one.args)
 
 
 def test_stages_that_make_rows_sample_and_judge():
