@@ -30,6 +30,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     made_rows,
+    offline,
     policy,
     ppo,
     preference,
@@ -60,6 +61,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     policy.Config: policy.train,
     best_of_n.Config: best_of_n.train,
     distill.Config: distill.train,
+    offline.Config: offline.train,
 }
 """What trains each kind of stage."""
 
@@ -270,11 +272,14 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
     """
     if hosts.from_writer(lambda: _whole_json(stage_dir / "summary.json")) is None:
         return False
-    product = stage_dir / (made_rows.FOLDER if stage.produces == "rows" else "params")
-    wrong = checkpoint.damage(product)
-    if wrong is not None:
-        hosts.from_writer(lambda: _set_aside(product, wrong))
-    return wrong is None
+    folders = [made_rows.FOLDER if stage.produces == "rows" else "params"]
+    if isinstance(stage, offline.Config) and stage.has_heads:
+        folders.append(offline.HEADS)
+    found = {folder: checkpoint.damage(stage_dir / folder) for folder in folders}
+    wrong = {folder: said for folder, said in found.items() if said is not None}
+    for folder, said in wrong.items():
+        hosts.from_writer(lambda folder=folder, said=said: _set_aside(stage_dir / folder, said))
+    return not wrong
 
 
 def _whole_json(path: Path) -> dict[str, Any] | None:

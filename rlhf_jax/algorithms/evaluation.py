@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.sampling import Sampler, Sampling
@@ -70,7 +71,7 @@ def evaluate(
     drawing: Drawing,
     context: Context,
     name: str,
-    policies: Sequence[Params],
+    policies: Sequence[Policy],
     *,
     prompts: Sequence[PromptRow],
     reference: Params,
@@ -81,4 +82,4 @@ def evaluate(
     """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
     stream = f"{name}/evaluation"
     read = evaluator(drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges)
-    return [read(params, reference) for params in policies]
+    return [read(policy, reference) for policy in policies]

@@ -1,0 +1,60 @@
+"""Offline RL on movie reviews with the bundled LM: SFT → reward model → 6,000 scored completions → ILQL, filtered BC.
+
+rlhf-jax run configs/sentiment_ilql.py      (2 CPU cores, about X minutes)
+"""
+
+from rlhf_jax.algorithms import best_of_n, offline, reward_model, sft
+from rlhf_jax.algorithms.offline_ilql import Ilql
+from rlhf_jax.algorithms.offline_methods import Filtered
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.data.sources import FromStage
+from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.optim import Optimizer
+
+
+def get_config() -> Experiment:
+    """The last two stages learn from the same rows, each from the SFT policy."""
+    return Experiment(
+        model=Bundled(),
+        data=MovieReviews(),
+        seed=0,
+        stages={
+            "sft": sft.Config(
+                steps=100,
+                batch_size=32,
+                evaluate_every=20,
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
+            ),
+            "reward_model": reward_model.Config(
+                init="sft",
+                pairs=reward_model.SampledPairs(
+                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
+                ),
+                steps=700,
+                batch_size=8,
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
+            ),
+            "samples": best_of_n.Config(
+                policy="sft", reward="reward_model", n=4, keep=4, prompts=1_500, batch_size=256
+            ),
+            "ilql": offline.Config(
+                init="sft",
+                method=Ilql(beta=8.0, curve=(0.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+                data=FromStage("samples"),
+                steps=300,
+                batch_size=32,
+                evaluate_every=50,
+                optimizer=Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=10),
+            ),
+            "filtered": offline.Config(
+                init="sft",
+                method=Filtered(top=0.25),
+                data=FromStage("samples"),
+                steps=120,
+                batch_size=32,
+                evaluate_every=30,
+                optimizer=Optimizer(learning_rate=3e-4, schedule="linear", warmup_steps=10),
+            ),
+        },
+    )
