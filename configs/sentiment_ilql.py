@@ -40,12 +40,12 @@ def get_config() -> Experiment:
             ),
             "ilql": offline.Config(
                 init="sft",
-                method=Ilql(beta=8.0, curve=(0.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+                method=Ilql(lam=0.95, cql_coef=0.02, target_share=0.05, beta=8.0, curve=(0.0, 2.0, 4.0, 8.0, 16.0)),
                 data=FromStage("samples"),
-                steps=300,
+                steps=250,
                 batch_size=32,
                 evaluate_every=50,
-                optimizer=Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=10),
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
             "filtered": offline.Config(
                 init="sft",

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.losses.offline import perturbed_logits
 from rlhf_jax.models import transformer
+from rlhf_jax.models.layers import flat
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.types import Key, Params
 
@@ -86,16 +87,24 @@ def init_heads(spec: ModelSpec, key: Key, *, heads: int) -> Params:
 
 def q_values(head: Params, states: Float[Array, "*b d"]) -> Float[Array, "*b h v"]:
     """Q of every token after each state, float32."""
-    inside = jax.nn.relu(_product("...d,hdw->...hw", states, head["hidden"]) + head["hidden_bias"])
-    return _product("...hw,hwv->...hv", inside.astype(states.dtype), head["out"]) + head["out_bias"]
+    each = [
+        _product(_inside(hidden, bias, states), out)
+        for hidden, bias, out in zip(head["hidden"], head["hidden_bias"], head["out"], strict=True)
+    ]
+    return jnp.stack(each, axis=-2) + head["out_bias"]
 
 
 def state_values(head: Params, states: Float[Array, "*b d"]) -> Float[Array, "*b"]:
     """V of each state, float32."""
-    inside = jax.nn.relu(_product("...d,dw->...w", states, head["hidden"]) + head["hidden_bias"])
-    return jnp.einsum("...w,w->...", inside, head["out"], precision="highest") + head["out_bias"]
+    inside = _inside(head["hidden"], head["hidden_bias"], states)
+    return jnp.matmul(inside.astype(jnp.float32), head["out"], precision="highest") + head["out_bias"]
 
 
-def _product(subscripts: str, x: Array, kernel: Array) -> Array:
+def _inside(hidden: Array, bias: Array, states: Array) -> Array:
+    return jax.nn.relu(_product(states, hidden) + bias).astype(states.dtype)
+
+
+def _product(x: Array, kernel: Array) -> Array:
     """In the type of the transformer's products, summed in float32."""
-    return jnp.einsum(subscripts, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    out = jnp.matmul(flat(x), kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
