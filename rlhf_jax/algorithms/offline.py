@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from rlhf_jax import checkpoint, hosts, sharding
 from rlhf_jax.algorithms import offline_rows
@@ -36,6 +37,7 @@ from rlhf_jax.files import write_whole
 from rlhf_jax.models import Policy
 from rlhf_jax.models.perturbed import init_heads
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.train_step import Step
 
 HEADS = "heads"
 """Where ILQL's heads lie, beside the stage's `params`."""
@@ -105,6 +107,11 @@ class Config(SupervisedConfig):
             check_field("evaluation_openings", lambda: check_texts(data, labelled=True))
 
 
+def start(config: Config, context: Context, name: str) -> tuple[Any, Step]:
+    """The state that training starts from, and its compiled step; of a context of shapes, both abstract."""
+    return config.method.start(config, context, name, context.policy_params(config.init))
+
+
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Learn from the rows; the figures are for summary.json."""
     method, selected = config.method, offline_rows.load(config, context, name)
@@ -117,7 +124,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         config,
         context,
         name,
-        begin=lambda: method.start(config, context, name, context.policy_params(config.init)),
+        begin=partial(start, config, context, name),
         batches=batches(train_rows, make, batch_size=size, seed=context.seed, shard=shard),
         heldout=lambda state: means(method.whole(state, context.base)),
         note=selected.counts.line(),
@@ -153,7 +160,8 @@ def numbered(
 
 
 def _with(rows: Sequence[ScoredRow], *, numbers: Numbers, what: str, name: str) -> list[ScoredRow]:
-    found = [dataclasses.replace(row, score=float(x)) for row, x in zip(rows, numbers(rows), strict=True) if x == x]
+    each = zip(rows, numbers(rows), strict=True)
+    found = [dataclasses.replace(row, score=float(number)) for row, number in each if not np.isnan(number)]
     if not found:
         raise UserError(f"stages.{name}.method: none of {len(rows)} rows {what} is left that scores high enough")
     return found

@@ -71,14 +71,15 @@ def check(config: "Config", data: Data) -> None:
 
 def load(config: "Config", context: Context, name: str) -> Selected[ScoredRow]:
     """The rows to train on and held out, in tokens."""
-    if not isinstance(config.data, Openings):
+    openings = config.data
+    if not isinstance(openings, Openings):
         source, tokenizer = _source(config, context.data), context.tokenizer
         return select(source, read(source, formats.valued), _encode(tokenizer), length=config.row_length)
     reviews, rng = context.reviews, context.rng(f"{name}/openings")
-    make_row = opening_row(config.data, context.tokenizer)
+    make_row = opening_row(openings, context.tokenizer)
 
     def rows(texts: Sequence[Review]) -> list[ScoredRow]:
-        check_openings(config.data, texts, make_row, name)
+        check_openings(openings, texts, make_row, name)
         cut = [(make_row(review, rng), float(review.label or 0)) for review in texts]
         return [ScoredRow(Learnt(tuple(row.tokens), tuple(row.loss_mask)), label) for row, label in cut if row]
 

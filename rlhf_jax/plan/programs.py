@@ -33,7 +33,6 @@ from rlhf_jax.algorithms import (
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.offline_ilql import Ilql
-from rlhf_jax.algorithms.offline_methods import Method
 from rlhf_jax.algorithms.offline_rows import OfflineBatch
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
@@ -276,16 +275,15 @@ def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Pr
 
 
 def _offline(config: offline.Config, context: Context, name: str) -> Iterator[Program]:
-    method: Method = config.method
-    state, step = method.start(config, context, name, context.policy_params(config.init))
+    state, step = offline.start(config, context, name)
     rows = functools.partial(_batch, context, (config.batch_size, config.row_length))
     numbers = _batch(context, (config.batch_size,), jnp.float32)
     batch = OfflineBatch(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), numbers)
     args, tokens = (state, batch, context.base), config.batch_size * config.row_length
-    trained, slow = (state.learner, state.target) if isinstance(method, Ilql) else (state, {})
+    trained, slow = (state.learner, state.target) if isinstance(config.method, Ilql) else (state, {})
     yield Program(name, "train", step, args, _roles((context.base, slow), trained), config.steps, tokens)
     sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
-    policies = method.policies(state, context.base)
+    policies = config.method.policies(state, context.base)
     calls = (1 + len(policies)) * math.ceil(config.evaluation_prompts / config.batch_size)
     last = list(policies.values())[-1]
     yield _decode(context, name, "decode", last, sizes, config.sampling, calls)
