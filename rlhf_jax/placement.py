@@ -6,16 +6,18 @@ reference and the reward model.
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.numerics import require
 from rlhf_jax.sharding import MeshConfig, make_mesh, slice_index
-from rlhf_jax.transfer import HOST
+from rlhf_jax.transfer import HOST, Box, are_blocks
 
 Idle = Literal["reference", "reward", "critic", "optimizers"]
 """A role that does nothing for a while: reference and reward model but when they score, the critic and the optimisers'
@@ -63,7 +65,8 @@ class Colocated:
 
 @dataclass(frozen=True)
 class Disaggregated:
-    """The devices in two: one part samples and scores, the other updates policy and critic, both at once.
+    """The devices in two: one part samples and scores, the other updates policy and critic, both at once; every
+    host has its share of each.
 
     Let θ_k be the policy after k iterations. With `ahead=1` iteration k turns θ_{k−1} into θ_k by rollout k, while
     rollout k+1 is sampled, and scored, by a copy of θ_{k−1}, the newest that there is then: a rollout is one iteration
@@ -121,21 +124,25 @@ class Disaggregated:
         return found
 
     def meshes(self, mesh: Mesh) -> Meshes:
-        """The first devices for training, the others for sampling, neighbours together.
+        """Of each process the first devices for training, the others for sampling, neighbours together.
 
-        Raises UserError where the devices do not make both, or are not all of one process.
+        Weights and rollouts then go from one sub-mesh to the other inside a host. Raises UserError where the devices do
+        not make both, or those of a process not the same part of each.
         """
         devices = _neighbours(list(mesh.devices.flat))
-        processes = {device.process_index for device in devices}
-        if len(processes) > 1:
-            raise UserError(
-                f"Disaggregated: weights move between devices of one process, these are of {len(processes)}; "
-                "Colocated runs on any number"
-            )
-        sizes = self.sizes(len(devices))
-        count = math.prod(sizes["training"].values())
+        sizes = {name: math.prod(axes.values()) for name, axes in self.sizes(len(devices)).items()}
+        processes = sorted({device.process_index for device in devices})
+        for name, size in sizes.items():
+            if size % len(processes):
+                raise UserError(
+                    f"{name}: {size} devices are not the same number of each of the {len(processes)} processes; "
+                    "every host has a part of both sub-meshes"
+                )
+        count = sizes["training"] // len(processes)
+        own = [[device for device in devices if device.process_index == process] for process in processes]
         return Meshes(
-            _mesh("training", self.training, devices[:count]), _mesh("sampling", self.sampling, devices[count:])
+            _mesh("training", self.training, [device for part in own for device in part[:count]]),
+            _mesh("sampling", self.sampling, [device for part in own for device in part[count:]]),
         )
 
 
@@ -163,8 +170,17 @@ def _neighbours(devices: list[Any]) -> list[Any]:
 
 def _mesh(name: str, config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     try:
-        return make_mesh(config, devices)
+        mesh = make_mesh(config, devices)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except AssertionError:  # mesh_utils', of TPUs that are no box of the torus
         raise UserError(f"{name}: {len(devices)} devices are no box of the torus; take whole slabs of it") from None
+    cells: dict[int, list[Box]] = defaultdict(list)
+    for at, device in np.ndenumerate(mesh.devices):
+        cells[device.process_index].append(tuple((i, i + 1) for i in at))
+    if not are_blocks(cells):
+        raise UserError(
+            f"{name}: the {len(devices) // len(cells)} devices of a process are no block of the mesh "
+            f"{dict(mesh.shape)}; axes that divide them, or that they divide, make one"
+        )
+    return mesh

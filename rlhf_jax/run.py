@@ -3,15 +3,11 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import math
 import os
-import platform
-import resource
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import checkpoint, digests, hosts, models, report, sharding
+from rlhf_jax import checkpoint, hosts, models, records, report, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
@@ -44,9 +40,9 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.checkpoint import KEPT
 from rlhf_jax.config import Experiment, check_inputs, check_stage_inputs, differences, to_dict, validate
 from rlhf_jax.errors import NonFiniteError, UserError
-from rlhf_jax.files import write_whole
 from rlhf_jax.models import lora
 from rlhf_jax.provenance import provenance, versions
+from rlhf_jax.records import read_json, say, set_aside, whole_json, write_json
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Params
 
@@ -65,7 +61,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
 }
 """What trains each kind of stage."""
 
-_SESSIONS, _LOCK = "sessions.json", ".lock"
+_LOCK = ".lock"
 _PATIENCE = 60  # seconds until a host sees what another has written
 
 
@@ -89,7 +85,7 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
             say(f"{workdir} is complete: its figures are in summary.json and report.html")
         else:
             if hosts.is_writer() and not (workdir / "config.json").exists():
-                _write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
+                write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
             _train(experiment, workdir, began)
         return hosts.from_writer(lambda: _summary(workdir))
 
@@ -125,12 +121,6 @@ def params_digest(params: Params) -> str:
         for part in (array,) if is_here else array:
             digest.update(hosts.fetch(part).tobytes())
     return digest.hexdigest()
-
-
-def say(text: str) -> None:
-    """A line for the user, on stderr: stdout is for what was asked for."""
-    if hosts.is_writer():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _check(experiment: Experiment, workdir: Path) -> None:
@@ -190,7 +180,7 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir {workdir} is a file, not a folder")
         return
-    there = _read_json(path).get("experiment")
+    there = read_json(path).get("experiment")
     if not isinstance(there, dict):
         raise UserError(f"{path} is damaged: it has no 'experiment'; choose another --workdir")
     found = differences(there, config)
@@ -205,11 +195,11 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def _is_complete(workdir: Path, experiment: Experiment) -> bool:
-    return set(experiment.stages) <= set(_whole_json(workdir / "summary.json") or ())
+    return set(experiment.stages) <= set(whole_json(workdir / "summary.json") or ())
 
 
 def _train(experiment: Experiment, workdir: Path, began: float) -> None:
-    with _session(workdir, began):
+    with records.session(workdir, began) as stage_seconds:
         mesh = sharding.make_mesh(experiment.mesh)
         context = Context(
             workdir=workdir,
@@ -221,14 +211,15 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             ensembles=reward_model.ensembles(experiment.stages),
         )
         for name, stage in experiment.stages.items():
-            _run_stage(name, stage, context)
+            with records.timed(name, stage_seconds):
+                _run_stage(name, stage, context)
         files = {name: workdir / name / "summary.json" for name in experiment.stages}
-        summary = hosts.from_writer(lambda: {name: _read_json(path) for name, path in files.items()})
+        summary = hosts.from_writer(lambda: {name: read_json(path) for name, path in files.items()})
         digests = {}
         for name, stage in experiment.stages.items():
             digests[name] = _digest(name, stage, context)
     if hosts.is_writer():
-        _write_json(workdir / "summary.json", {**summary, **_read_json(workdir / _SESSIONS), "params_digest": digests})
+        write_json(workdir / "summary.json", {**summary, **records.costs(workdir), "params_digest": digests})
         say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
 
 
@@ -236,7 +227,7 @@ def _summary(workdir: Path) -> dict[str, Any]:
     """What summary.json holds; the report is drawn where it is missing."""
     if not (workdir / "report.html").exists():
         report.write(workdir)
-    return _read_json(workdir / "summary.json")
+    return read_json(workdir / "summary.json")
 
 
 def _run_stage(name: str, stage: Any, context: Context) -> None:
@@ -251,7 +242,7 @@ def _run_stage(name: str, stage: Any, context: Context) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise NonFiniteError(f"{name}: {key} is {value} at the end; its checkpoints are kept")
     if hosts.is_writer():
-        _write_json(context.stage_dir(name) / "summary.json", summary)
+        write_json(context.stage_dir(name) / "summary.json", summary)
     say(f"{name}: " + "  ".join(f"{key} {_figure(value)}" for key, value in summary.items()))
 
 
@@ -270,7 +261,7 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
 
     Such a stage runs again: from its last checkpoint, which has all its steps, where that is good.
     """
-    if hosts.from_writer(lambda: _whole_json(stage_dir / "summary.json")) is None:
+    if hosts.from_writer(lambda: whole_json(stage_dir / "summary.json")) is None:
         return False
     folders = [made_rows.FOLDER if stage.produces == "rows" else "params"]
     if isinstance(stage, offline.Config) and stage.has_heads:
@@ -278,22 +269,8 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
     found = {folder: checkpoint.damage(stage_dir / folder) for folder in folders}
     wrong = {folder: said for folder, said in found.items() if said is not None}
     for folder, said in wrong.items():
-        hosts.from_writer(lambda folder=folder, said=said: _set_aside(stage_dir / folder, said))
+        hosts.from_writer(lambda folder=folder, said=said: set_aside(stage_dir / folder, said))
     return not wrong
-
-
-def _whole_json(path: Path) -> dict[str, Any] | None:
-    """What a file that can be made again holds; None where there is none, or where it is damaged and set aside."""
-    try:
-        return _read_json(path) if path.exists() else None
-    except UserError as error:
-        _set_aside(path, str(error))
-        return None
-
-
-def _set_aside(path: Path, wrong: str) -> None:
-    if path.exists():
-        say(f"{path}, now {digests.set_aside(path).name}: {wrong}; it is made again")
 
 
 @contextlib.contextmanager
@@ -350,41 +327,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _session(workdir: Path, began: float) -> Iterator[None]:
-    """Add this session's seconds, and its memory if it is the largest, to those before it; however it ends."""
-    path = workdir / _SESSIONS
-    before = {"seconds": 0.0, "peak_memory_bytes": 0} | (hosts.from_writer(lambda: _whole_json(path)) or {})
-    try:
-        yield
-    finally:
-        seconds = round(before["seconds"] + time.monotonic() - began, 1)
-        if hosts.is_writer() and workdir.is_dir():  # not, where somebody removed it under the run
-            peak = max(_peak_memory(), before["peak_memory_bytes"])
-            _write_json(path, {"seconds": seconds, "peak_memory_bytes": peak})
-
-
-def _peak_memory() -> int:
-    """The most memory that this process or a child of it has held, in bytes."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux counts in ru_maxrss what the parent held before it started this process
-        own = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return max(own, children) * unit
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return found
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -236,6 +236,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def on_grid(devices: np.ndarray, axes: Sequence[tuple[int, ...]]) -> NamedSharding:
+    """A layout over a grid of devices: the grid's dimensions that split each axis of an array, the outermost first."""
+    mesh = Mesh(devices, tuple(f"grid{i}" for i in range(devices.ndim)), axis_types=(AxisType.Auto,) * devices.ndim)
+    return NamedSharding(mesh, PartitionSpec(*(tuple(f"grid{i}" for i in dims) for dims in axes)))
+
+
 @dataclass(frozen=True)
 class Shard:
     """The rows of each batch that one process reads: the `index`-th of `count` equal runs."""

@@ -122,12 +122,15 @@ class TestAgain:
                 go(workdir)
         assert not (workdir / "summary.json").exists()
         before = read(workdir / "sessions.json")
+        assert set(before["stage_seconds"]) == {"sft", "ppo"}  # the second was begun
         before["seconds"] += 100
+        before["stage_seconds"]["ppo"] += 50
         (workdir / "sessions.json").write_text(json.dumps(before))
         summary = go(workdir, command=["another", "word"])
         assert trained(workdir) == ["sft", "ppo"]
         assert "sft: finished before" in capsys.readouterr().err
         assert summary["seconds"] >= 100
+        assert read(workdir / "sessions.json")["stage_seconds"]["ppo"] >= 50
         same = ("sft", "ppo", "params_digest")
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert read(workdir / "config.json")["command"] == ["rlhf-jax", "run", "toy.py"]

@@ -23,8 +23,11 @@ from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.interop.pretrained import Scratch
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.placement import Disaggregated
 from rlhf_jax.rewards.verifiers import PatternMatch
+from rlhf_jax.sharding import MeshConfig
 
+SPLIT = Disaggregated(sampling=MeshConfig(), training=MeshConfig(data=1, fsdp=4))
 
 def get_config():
     spec = ModelSpec(vocab_size=320, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32, max_len=64)
@@ -39,6 +42,9 @@ def get_config():
         "ppo": ppo.Config(reward=PatternMatch("e"), critic=ValueHead(), steps=2, batch_size=16,
                           completion_tokens=8, checkpoint_every=1, evaluation_prompts=20, exact_kl_rows=8,
                           epochs=1, minibatches=2, optimizer=smooth, critic_optimizer=smooth),
+        "apart": ppo.Config(reward="reward_model", steps=4, batch_size=16, completion_tokens=8, checkpoint_every=2,
+                            evaluation_prompts=20, exact_kl_rows=8, epochs=1, minibatches=2, optimizer=smooth,
+                            critic_optimizer=smooth, placement=SPLIT),
         "kto": preference.Config(pairs=pairs, losses=(preference.Term("kto"),), steps=4, batch_size=16, length=24,
                                  num_microbatches=2, evaluate_every=2, checkpoint_every=2, evaluation_prompts=20,
                                  optimizer=smooth),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -51,8 +52,8 @@ def check_equal(one, other, *, tolerance=1e-4, differing=0.0):
         params = [load_pretrained(workdir / name).params for workdir in (one, other)]
         for a, b in zip(*map(leaves, params), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance)
-    if (one / "ppo").is_dir():
-        rows = [read_jsonl(workdir / "ppo" / "samples.jsonl") for workdir in (one, other)]
+    for stage in (stage for stage in ("ppo", "apart") if (one / stage).is_dir()):
+        rows = [read_jsonl(workdir / stage / "samples.jsonl") for workdir in (one, other)]
         assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
         changed = [a["completion"] != b["completion"] for a, b in zip(*rows, strict=True)]
         assert np.mean(changed) <= differing
@@ -101,6 +102,32 @@ def test_two_processes_read_a_reference_and_learn_from_thumbs_as_one(tmp_path):
     assert parts.wait() == [0, 0], parts.said()
     check_equal(whole.workdir, parts.workdir)
     assert (parts.workdir / "kto" / "reference.npz").is_file()
+
+
+@pytest.mark.slow
+def test_roles_apart_on_the_devices_of_each_process_equal_those_of_one(tmp_path):
+    """Sampling and scoring on half of each process's devices, with whole weights, of which the training's half has
+    shards; rollouts ahead. A run that is stopped goes on with the rollout that it had.
+    """
+    config = write_config(tmp_path, "sft", "reward_model", "apart")
+    whole = Run(config, tmp_path / "whole", 1, 8)
+    assert whole.wait() == [0], whole.said()
+    parts = Run(config, tmp_path / "parts", 2, 4)
+    assert parts.wait() == [0, 0], parts.said()
+    check_equal(whole.workdir, parts.workdir)
+    checkpoints = parts.workdir / "apart" / "checkpoints"
+    for path in (checkpoints / "4", parts.workdir / "apart" / "params"):
+        shutil.rmtree(path)
+    assert (checkpoints / "2").is_dir()
+    again = Run(config, tmp_path / "parts", 4, 2)
+    assert again.wait() == [0] * 4, again.said()
+    check_equal(whole.workdir, again.workdir)
+    sixes = [flag for stage in ("sft", "reward_model") for flag in (f"--stages.{stage}.batch_size", "12")]
+    odd = Run(config, tmp_path / "odd", 3, 2, *sixes, "--stages.sft.heldout_rows", "24")
+    assert odd.wait() == [2, 2, 2] and odd.said()[0].endswith(
+        "stages.apart.placement.sampling: 2 devices are not the same number of each of the 3 processes; "
+        "every host has a part of both sub-meshes\n"
+    ), odd.said()
 
 
 @pytest.mark.slow
