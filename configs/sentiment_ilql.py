@@ -40,7 +40,7 @@ def get_config() -> Experiment:
             ),
             "ilql": offline.Config(
                 init="sft",
-                method=Ilql(lam=0.95, cql_coef=0.02, target_share=0.05, beta=8.0, curve=(0.0, 2.0, 4.0, 8.0, 16.0)),
+                method=Ilql(lam=0.95, cql_coef=0.02, target_share=0.05, beta=4.0, curve=(0.0, 2.0, 4.0, 8.0, 16.0)),
                 data=FromStage("samples"),
                 steps=250,
                 batch_size=32,
