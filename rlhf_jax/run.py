@@ -23,6 +23,7 @@ from rlhf_jax import checkpoint, hosts, models, records, report, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
+    compare,
     constitutional,
     distill,
     made_rows,
@@ -56,6 +57,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     ai_feedback.Config: ai_feedback.train,
     policy.Config: policy.train,
     best_of_n.Config: best_of_n.train,
+    compare.Config: compare.train,
     distill.Config: distill.train,
     offline.Config: offline.train,
 }

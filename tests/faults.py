@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf_jax.metrics import read_jsonl
@@ -47,13 +48,18 @@ WORDS = {0: "dull weak bad slow empty", 1: "bright strong good fresh moving"}
 class Faulty:
     """The command of the tiny run's first stages, on one device, with caches of its own beside its config."""
 
-    def __init__(self, folder: Path, *stages: str) -> None:
+    def __init__(self, folder: Path, *stages: str, config: str = CONFIG, steps: Mapping[str, int] = STEPS) -> None:
+        """`steps`: of the config's stages, 0 of those that write no line a step."""
         draw = random.Random(0)
-        rows = [{"text": _sentence(draw, label), "label": label} for label in (0, 1) for _ in range(200)]
+        # letters, so that a judge has a token for each
+        texts = [
+            (f"{_sentence(draw, label)}: {' '.join('BA'[label] * 3)}", label) for label in (0, 1) for _ in range(200)
+        ]
+        rows = [{"text": text, "label": label} for text, label in texts]
         draw.shuffle(rows)
         (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "tiny.py").write_text(f"{CONFIG}\n\nNAMES = {stages}\n")
-        self.folder, self.stages = folder, stages
+        (folder / "tiny.py").write_text(f"{config}\n\nNAMES = {stages}\n")
+        self.folder, self.stages, self.steps = folder, stages, steps
         self.env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.env |= {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         self.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of programs that run for seconds
@@ -98,10 +104,10 @@ class Faulty:
             rows = read_jsonl(workdir / "metrics.jsonl")
             lines.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows])
         assert lines[0] == lines[1]
-        expected = [(name, step) for name in self.stages for step in range(1, STEPS[name] + 1)]
+        expected = [(name, step) for name in self.stages for step in range(1, self.steps[name] + 1)]
         assert [(line["stage"], line["step"]) for line in lines[1]] == expected
-        for samples in whole.glob("*/samples.jsonl"):
-            assert samples.read_text() == (broken / samples.relative_to(whole)).read_text()
+        for made in (*whole.glob("*/samples.jsonl"), *whole.glob("*/rows/rows.jsonl")):
+            assert made.read_text() == (broken / made.relative_to(whole)).read_text()
 
 
 def _sentence(draw: random.Random, label: int) -> str:

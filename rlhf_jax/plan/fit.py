@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_jax.config import Experiment, validate
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.load import FromPretrained
+from rlhf_jax.mesh import divisors
 from rlhf_jax.models.spec import Remat
 from rlhf_jax.plan.chips import GIB
 from rlhf_jax.plan.plan import Plan, plan, stages_of
@@ -81,7 +82,7 @@ def fit(
     tries: int = 12,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Try]:
-    """All settings that were tried, the best one first; it starts from the experiment's own.
+    """All settings that were tried, the best one first; it starts from the experiment's own, where these can be.
 
     A step changes one thing: half or twice the microbatches of a stage, the next remat, a factor of two from one of the
     mesh's axes data, fsdp and tensor to another. The first change that is better is kept, and the search ends where
@@ -92,8 +93,7 @@ def fit(
         raise UserError(f"--tries must be at least 1, got {tries}")
     pod, compiled = find(topology, num_slices=num_slices), {}
     stages = stages_of(experiment, stage)
-    validate(experiment, len(pod.devices))
-    best = _compile(_start(experiment, pod, stages), experiment, pod, compiled, say)
+    best = _compile(_start(experiment, pod, stages, say), experiment, pod, compiled, say)
     done = {best.setting: best}
     say(f"try 1 of {tries} at most: {best.line()}")
     while len(done) < tries:
@@ -126,14 +126,34 @@ def _compile(
     return Try(setting, dataclasses.replace(plans[0], estimates=[one for each in plans for one in each.estimates]))
 
 
-def _start(experiment: Experiment, pod: Topology, stages: dict[str, Any]) -> Setting:
+def _start(experiment: Experiment, pod: Topology, stages: dict[str, Any], say: Callable[[str], None]) -> Setting:
+    """The experiment's own setting, or where that cannot be one with the same product of mesh axes that can."""
     sizes = experiment.mesh.resolve(len(pod.devices))
     model = experiment.model
-    return Setting(
+    own = Setting(
         *(sizes[name] for name in ("data", "fsdp", "tensor")),
         remat=model.remat if isinstance(model, FromPretrained) else None,
         microbatches=tuple((name, one.num_microbatches) for name, one in stages.items()),
     )
+    try:
+        validate(experiment, len(pod.devices))
+    except UserError as error:
+        other = next((one for one in _others(own) if _possible(one, experiment, pod)), None)
+        if other is None:
+            raise
+        say(f"{error}; the search starts from {other.flags()}")
+        return other
+    return own
+
+
+def _others(own: Setting) -> Iterator[Setting]:
+    """Meshes of as many devices, with little tensor parallelism first and much FSDP; microbatches as they are, or 1."""
+    devices = own.data * own.fsdp * own.tensor
+    for tensor in divisors(devices):
+        for data in divisors(devices // tensor):
+            mesh = {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}
+            for one in (own, dataclasses.replace(own, microbatches=tuple((name, 1) for name, _ in own.microbatches))):
+                yield dataclasses.replace(one, **mesh)
 
 
 def _possible(setting: Setting, experiment: Experiment, pod: Topology) -> bool:

@@ -17,6 +17,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
+    compare,
     constitutional,
     distill,
     iterations,
@@ -263,6 +264,14 @@ def _best_of_n(config: best_of_n.Config, context: Context, name: str) -> Iterato
     yield dataclasses.replace(decode, roles={**decode.roles, "frozen": reward})
 
 
+def _compare(config: compare.Config, context: Context, name: str) -> Iterator[Program]:
+    sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
+    calls = 2 * math.ceil(config.evaluation_prompts / config.batch_size)
+    decode = _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
+    reward = context.network(config.reward) if isinstance(config.reward, str) else {}
+    yield dataclasses.replace(decode, roles={**decode.roles, "frozen": (context.policy(config.reference), reward)})
+
+
 def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Program]:
     b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     state, step = distill.start(config, context, name)
@@ -299,6 +308,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     constitutional.Config: _constitutional,
     policy.Config: _policy,
     best_of_n.Config: _best_of_n,
+    compare.Config: _compare,
     distill.Config: _distill,
     offline.Config: _offline,
 }

@@ -171,6 +171,18 @@ def test_fit_goes_from_what_does_not_fit_to_what_does(tmp_path, capsys):
 
 
 @needs_libtpu
+def test_fit_starts_from_a_mesh_that_can_be_where_the_experiments_own_cannot():
+    said = []
+    few = experiment(batch_size=2, heldout_rows=2)
+    [one] = fit(few, "v5e:2x2", tries=1, say=said.append)
+    assert (one.setting.data, one.setting.fsdp, one.setting.tensor) == (1, 2, 2) and one.plan.fits
+    assert "2 rows do not divide over the 4 batch shards" in said[0]
+    assert said[0].endswith("; the search starts from " + one.setting.flags())
+    with pytest.raises(UserError, match="1 rows do not divide over the 4 batch shards"):  # nor over tensor=4: 2 heads
+        fit(experiment(batch_size=1, heldout_rows=1), "v5e:2x2", tries=1)
+
+
+@needs_libtpu
 def test_fit_as_a_command(tmp_path, capsys):
     config = tmp_path / "tiny.py"
     config.write_text(CONFIG)
