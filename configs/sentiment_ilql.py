@@ -1,6 +1,20 @@
 """Offline RL on movie reviews with the bundled LM: SFT → reward model → 6,000 scored completions → ILQL, filtered BC.
 
-rlhf-jax run configs/sentiment_ilql.py      (2 CPU cores, about X minutes)
+    rlhf-jax run configs/sentiment_ilql.py      (2 CPU cores, 30 minutes on busy ones)
+
+The reward model and the task are the quickstart's. `samples` writes 4 completions each for 1,500 prefixes, and the reward
+model scores them; the last two stages learn from these rows alone. Expected gold score of a completion over 256 held-out
+prefixes, with the KL to the SFT policy in nats (95% intervals of gold ±0.03):
+
+    SFT policy                        0.49
+    ILQL, β = 0, the plain policy     0.48    3.3
+    ILQL, β = 2                       0.62    4.9
+    ILQL, β = 4, as configured        0.72    9.4    distinct-2 0.81 → 0.69
+    ILQL, β = 8, 16                   0.87    29     0.99    116: beyond 4 it repeats itself, distinct-2 0.52 and 0.22
+    filtered BC, the best quarter     0.64    1.1    distinct-2 0.82 → 0.80
+
+Decoding by values goes further than imitation of the best, at a higher price in KL. `method=Weighted()` in place of
+`Filtered` weighs all completions by exp(score).
 """
 
 from rlhf_jax.algorithms import best_of_n, offline, reward_model, sft
