@@ -2,9 +2,9 @@
 
     rlhf-jax run configs/sentiment_ilql.py      (2 CPU cores, 30 minutes on busy ones)
 
-The reward model and the task are the quickstart's. `samples` writes 4 completions each for 1,500 prefixes, and the reward
-model scores them; the last two stages learn from these rows alone. Expected gold score of a completion over 256 held-out
-prefixes, with the KL to the SFT policy in nats (95% intervals of gold ±0.03):
+The reward model and the task are the quickstart's. `samples` writes 4 completions each for 1,500 prefixes, and the
+reward model scores them; the last two stages learn from these rows alone. Expected gold score of a completion over 256
+held-out prefixes, with the KL to the SFT policy in nats (95% intervals of gold ±0.03):
 
     SFT policy                        0.49
     ILQL, β = 0, the plain policy     0.48    3.3
