@@ -16,6 +16,7 @@ from rlhf_jax.losses.offline import perturbed_logits
 from rlhf_jax.models import transformer
 from rlhf_jax.models.layers import flat
 from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.sharding import constrain
 from rlhf_jax.types import Key, Params
 
 HEAD_AXES = {
@@ -101,7 +102,9 @@ def state_values(head: Params, states: Float[Array, "*b d"]) -> Float[Array, "*b
 
 
 def _inside(hidden: Array, bias: Array, states: Array) -> Array:
-    return jax.nn.relu(_product(states, hidden) + bias).astype(states.dtype)
+    inside = jax.nn.relu(_product(states, hidden) + bias).astype(states.dtype)
+    # Left to itself the partitioner loses a part of the gradient where rows are few and the vocabulary is split.
+    return constrain(inside, "rows", *(None,) * (inside.ndim - 1))
 
 
 def _product(x: Array, kernel: Array) -> Array:
