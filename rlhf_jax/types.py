@@ -93,11 +93,17 @@ class Rollout(flax.struct.PyTreeNode):
     written_at: Int[Array, " b"] = flax.struct.field(
         default=None
     )  # optimiser steps that the behaviour policy had taken
+    read_mask: Bool[Array, "b t"] = flax.struct.field(default=None)  # of completions what a reward reads; None: all
 
     @property
     def mask(self) -> Bool[Array, "b t"]:
         """True on prompt and completion tokens alike."""
         return self.prompt_mask | self.completion_mask
+
+    @property
+    def read(self) -> Bool[Array, "b t"]:
+        """True on the completion tokens that a reward reads."""
+        return self.completion_mask if self.read_mask is None else self.read_mask
 
 
 @flax.struct.dataclass

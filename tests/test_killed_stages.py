@@ -9,15 +9,16 @@ from rlhf_jax import run
 from tests.faults import Faulty, at_step
 
 STEPS = {
-    "sft": 6, "reward_model": 6, "ppo": 4, "dpo": 6, "grpo": 4, "best": 0, "rejection": 4, "ilql": 6, "weighted": 4,
-    "distilled": 4, "beside": 0, "judged": 0, "revised": 0,
+    "sft": 6, "reward_model": 6, "ppo": 4, "dpo": 6, "grpo": 4, "online": 4, "best": 0, "rejection": 4, "ilql": 6,
+    "weighted": 4, "distilled": 4, "beside": 0, "judged": 0, "revised": 0,
 }  # fmt: skip
 CONFIG = '''"""A stage of each kind, of a tiny model from nothing."""
 
 from pathlib import Path
 
 from rlhf_jax.algorithms import (
-    ai_feedback, best_of_n, compare, constitutional, distill, offline, policy, ppo, preference, reward_model, sft,
+    ai_feedback, best_of_n, compare, constitutional, distill, offline, online_preference, policy, ppo, preference,
+    reward_model, sft,
 )
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_methods import Weighted
@@ -44,6 +45,7 @@ def get_config():
         "dpo": preference.Config(pairs=pairs, length=24, steps=6, batch_size=8, checkpoint_every=2,
                                  evaluation_prompts=16, completion_tokens=12),
         "grpo": policy.Config(group_size=4, minibatches=2, **on_policy),
+        "online": online_preference.Config(minibatches=2, **on_policy),
         "best": best_of_n.Config(n=4, prompts=16, **written),
         "rejection": sft.Config(init="sft", data=FromStage("best"), steps=4, **supervised),
         "ilql": offline.Config(method=Ilql(curve=(0.0,)), steps=6, **scored),

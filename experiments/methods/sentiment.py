@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.algorithms import best_of_n, compare, distill, policy, preference, sft
+from rlhf_jax.algorithms import best_of_n, compare, distill, online_preference, policy, preference, sft
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.preference_losses import Term
@@ -28,6 +28,13 @@ def on_policy(method: str, **fields: Any) -> policy.Config:
     """A method of the `policy` stage."""
     shared = {"policy": "sft", "reward": "reward_model", "steps": 18, "batch_size": 128, "entropy_coef": 0.015}
     return policy.Config(**{"optimizer": LINEAR, **shared, **METHODS[method], **fields})
+
+
+def online(method: str, **fields: Any) -> online_preference.Config:
+    """A method of the `online_preference` stage, at half the learning rate: β alone holds it to the reference."""
+    shared = {"policy": "sft", "reward": "reward_model", "steps": 18, "batch_size": 128, "epochs": 2, "minibatches": 2}
+    half = Optimizer(learning_rate=2e-4, schedule="linear")
+    return online_preference.Config(**{"optimizer": half, **shared, **online_preference.METHODS[method], **fields})
 
 
 def offline(term: Term, **fields: Any) -> preference.Config:
@@ -73,6 +80,9 @@ def get_config() -> Experiment:
         "cispo": on_policy("cispo", **several),
         "gmpo": on_policy("gmpo", **several),
         "trpo": on_policy("trpo", **price),
+        "online_dpo": online("online_dpo"),
+        "online_ipo": online("online_ipo"),
+        "xpo": online("xpo"),
         "dpo": offline(Term("dpo", beta=0.1)),
         "ipo": offline(Term("ipo")),
         "kto": offline(Term("kto", beta=0.1), batch_size=32),

@@ -7,14 +7,12 @@ probability. The stage makes rows (prompt, chosen, rejected, probability) for a 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlhf_jax import hosts
-from rlhf_jax.algorithms import made_rows
+from rlhf_jax.algorithms import made_rows, pair_judges
 from rlhf_jax.algorithms.constitution import read_constitution
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive, named
 from rlhf_jax.algorithms.prompting import Prompting, check_prompts, load_prompts
@@ -23,16 +21,7 @@ from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.preferences import accuracy_interval
 from rlhf_jax.numerics import require
-from rlhf_jax.rewards.endpoint import Client
-from rlhf_jax.rewards.judging import (
-    EndpointJudge,
-    Judge,
-    LocalJudge,
-    Verdict,
-    ask,
-    read_answer,
-)
-from rlhf_jax.rewards.local_judge import Ask, local_judge
+from rlhf_jax.rewards.judging import Ask, Judge, LocalJudge, Pair, Verdict, verdicts
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.sampling import Sampler, Sampling
 
@@ -99,7 +88,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     rows = load_prompts(config, context, name).train[: config.prompts]
     principles = config.principles or [one.preference for one in read_constitution(config.constitution)]
     drawn = [principles[i] for i in context.rng(f"{name}/principles").integers(len(principles), size=len(rows))]
-    complete, judge = _completions(config, context, name), _judge_of(config, context, name)
+    complete, judge = _completions(config, context, name), pair_judges.of(config.judge, context, name)
 
     def judged(number: int, batch: Sequence[tuple[PromptRow, str]]) -> made_rows.Rows:
         texts = complete(number, [row for row, _ in batch])
@@ -116,7 +105,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     figures = {"pairs": len(kept), "left_out": len(made) - len(kept), **_figures(made)}
     if config.data is None and context.labelled:
         figures |= _agreement(kept, context)
-    return figures | (hosts.from_writer(judge.costs) if isinstance(judge, EndpointAsk) else {})
+    return figures | pair_judges.costs(judge)
 
 
 _READINGS = ("as_a", "as_b", "unread")
@@ -143,44 +132,16 @@ def _completions(config: Config, context: Context, name: str) -> Callable[[int, 
     return complete
 
 
-class EndpointAsk:
-    """An endpoint as a judge: process 0 asks it, and keeps what it says in `<stage>/answers.jsonl`."""
-
-    def __init__(self, judge: EndpointJudge, cache: Path) -> None:
-        self._judge, self._client = judge, Client(judge.endpoint, cache)
-        self.costs = self._client.costs
-
-    def __call__(self, questions: Sequence[str]) -> list[float | None]:
-        """P(A) of each question."""
-        return hosts.from_writer(
-            lambda: [read_answer(answer) for answer in self._client([self._judge.question(text) for text in questions])]
-        )
-
-
-def _judge_of(config: Config, context: Context, name: str) -> Ask:
-    judge = config.judge
-    if isinstance(judge, EndpointJudge):
-        return EndpointAsk(judge, context.stage_dir(name) / "answers.jsonl")
-    return local_judge(judge, context.spec, context.mesh, context.tokenizer, context.policy(judge.model))
-
-
 def _judged(config: Config, judge: Ask, pairs: Sequence[tuple[PromptRow, str, str, str]]) -> made_rows.Rows:
     """A row a pair, the better completion chosen."""
-    questions = [
-        ask(config.judge.template, principle=principle, prompt=row.text, first=first, second=second)
-        for row, principle, a, b in pairs
-        for first, second in ((a, b), (b, a))
-    ]
-    answers, rows = judge(questions), []
-    for i, (row, principle, a, b) in enumerate(pairs):
-        one, other = answers[2 * i : 2 * i + 2]
-        verdict = Verdict(0.5 if one is None else one, 0.5 if other is None else 1 - other)
+    asked = [Pair(principle, row.text, a, b) for row, principle, a, b in pairs]
+    rows = []
+    for (row, principle, a, b), verdict in zip(pairs, verdicts(config.judge.template, judge, asked), strict=True):
         p = verdict.probability
         chosen, rejected = (a, b) if p >= 0.5 else (b, a)
         rows.append(
             made_rows.conversation(row, {"chosen": chosen, "rejected": rejected})
             | {"probability": max(p, 1 - p), "principle": principle, **vars(verdict)}
-            | {"unread": (one is None) + (other is None)}
         )
     return rows
 

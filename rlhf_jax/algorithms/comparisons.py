@@ -10,7 +10,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rlhf_jax import hosts
-from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens, own_source
+from rlhf_jax.algorithms.context import (
+    Context,
+    Role,
+    check_field,
+    check_positive,
+    check_prompt_tokens,
+    named,
+    own_source,
+)
 from rlhf_jax.data import formats, preferences
 from rlhf_jax.data.counts import Counts
 from rlhf_jax.data.encoding import encode_pair, encode_ranked, encode_votes, select
@@ -62,6 +70,8 @@ class SampledPairs:
     """Standard deviation of an annotator's own opinion of a completion, in logits of the gold score."""
     batch_size: int = 256
     """Completions sampled at once."""
+    earlier: tuple[str, ...] = ()
+    """Stages of reward models whose own sampled pairs are trained on too; those held out are new ones alone."""
 
     def __post_init__(self) -> None:
         names = ("prompts", "heldout_prompts", "completion_tokens", "annotators", "batch_size")
@@ -76,6 +86,11 @@ class SampledPairs:
     def length(self) -> int:
         """Tokens of the longest row: BOS, prefix, completion."""
         return 1 + self.prompt_tokens[1] + self.completion_tokens
+
+    def requires(self) -> dict[str, tuple[str, Role]]:
+        """Who writes, and the earlier stages."""
+        earlier = {f"pairs.earlier[{i}]": stage for i, stage in enumerate(self.earlier)}
+        return named("policy", **{"pairs.policy": self.policy}) | named("scorer", **earlier)
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,7 @@ def source_of(pairs: Source | None, data: Data) -> Source:
 
 def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
     """The sampled comparisons, which are made once and kept in `<stage>/data`; made again where these are damaged."""
+    earlier = [group for stage in pairs.earlier for group in _earlier(pairs, context, name, stage)]
     folder = context.stage_dir(name) / "data"
     damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
     if damaged is not None:
@@ -123,9 +139,23 @@ def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
         splits = _sample(pairs, context, name)
         hosts.from_writer(lambda: preferences.write(folder, splits))
     splits = preferences.read(folder)
-    counts = Counts(len(splits["train"]), len(splits["heldout"]))
-    most = math.comb(pairs.completions, 2)
-    return Comparisons(splits["train"], splits["heldout"], pairs.completions, most, counts)
+    train = [*earlier, *splits["train"]] if earlier else splits["train"]
+    completions = max([pairs.completions, *(len(group.completions) for group in earlier)])
+    counts = Counts(len(train), len(splits["heldout"]))
+    return Comparisons(train, splits["heldout"], completions, math.comb(completions, 2), counts)
+
+
+def _earlier(pairs: SampledPairs, context: Context, name: str, stage: str) -> Sequence[PreferenceGroup]:
+    """What another stage has sampled to train on; UserError where that is not there, or too long."""
+    folder, where = context.stage_dir(stage) / "data", f"stages.{name}.pairs.earlier"
+    damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
+    if not hosts.from_writer(lambda: preferences.exists(folder)):
+        raise UserError(f"{where}: {damaged or f'the stage {stage!r} has sampled no pairs: {folder} is not there'}")
+    groups = preferences.read(folder)["train"]
+    longest = max(group.longest for group in groups)
+    if longest > pairs.length:
+        raise UserError(f"{where}: {stage!r} has rows of {longest} tokens; prompt and completion have {pairs.length}")
+    return groups
 
 
 def load(

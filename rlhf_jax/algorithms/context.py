@@ -157,6 +157,11 @@ class Context:
         """A tree of arrays, whole on every device."""
         return sharding.put(tree, sharding.replicated(self.mesh))
 
+    def zeros(self, shapes: Any) -> Any:
+        """A tree of shapes as zeros, the leading axis of each split as a batch's is."""
+        layout = sharding.batch_sharding(self.mesh)
+        return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=layout)()
+
     def _params(self, source: str, init: Callable[[Key], Any]) -> Params:
         boxed = jax.eval_shape(init, jax.random.key(0))
         layout = sharding.shardings(self.mesh, boxed)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
-from rlhf_jax.evals.policy import Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.evals.policy import Cut, Judge, PolicyEvaluation, Row, Scorer
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampler, Sampling
 from rlhf_jax.types import Params
 
@@ -42,6 +43,8 @@ def evaluator(
     reward: Params | Scorer,
     ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
+    cut: Cut | None = None,
+    network: tuple[NetworkPart, Params] | None = None,
 ) -> PolicyEvaluation:
     """What lets a policy complete the prompts, by the random `stream` of a stage, and reads what it writes."""
     sampler = Sampler(
@@ -63,6 +66,8 @@ def evaluator(
         reward=reward,
         ensemble=ensemble,
         judges=judges,
+        cut=cut,
+        network=network,
         temperature=drawing.sampling.temperature if drawing.temperature is None else drawing.temperature,
     )
 
@@ -78,8 +83,20 @@ def evaluate(
     reward: Params | Scorer,
     ensemble: Ensemble | None = None,
     judges: Mapping[str, Judge],
+    cut: Cut | None = None,
+    network: tuple[NetworkPart, Params] | None = None,
 ) -> list[list[Row]]:
-    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores."""
-    stream = f"{name}/evaluation"
-    read = evaluator(drawing, context, stream, prompts=prompts, reward=reward, ensemble=ensemble, judges=judges)
+    """Let each policy complete the same prompts, and read what it writes; a reward that is {} gives no scores.
+
+    The reward reads what `cut` leaves of a completion; a `network` may stand beside one that is a function.
+    """
+    read = evaluator(
+        *(drawing, context, f"{name}/evaluation"),
+        prompts=prompts,
+        reward=reward,
+        ensemble=ensemble,
+        judges=judges,
+        cut=cut,
+        network=network,
+    )
     return [read(policy, reference) for policy in policies]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import hosts, models, sharding, transfer
 from rlhf_jax.algorithms import dynamic_sampling
+from rlhf_jax.algorithms.consolidation import Anchor
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompt_rows import PromptRow, Prompts
@@ -27,7 +28,8 @@ from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.placement import Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
-from rlhf_jax.rewards.host import HostFunction, Texts
+from rlhf_jax.rewards.group_judge import Reward
+from rlhf_jax.rewards.host import Texts
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Key, Metrics, Params, Rollout, TrainState
 
@@ -42,6 +44,7 @@ class Frozen:
     head_base: Params
     ensemble: Ensemble | None = flax.struct.field(pytree_node=False, default=None)  # of the reward, if it is one
     texts: PackedBatch | None = None  # that the policy learns beside its rollouts
+    anchor: Anchor | None = None  # where its parameters are held, and how tightly
 
     def policy(self, own: Params) -> Params:
         """A whole policy, as models read it: its own parameters over the shared base."""
@@ -52,7 +55,7 @@ class Frozen:
         return lora.merge(self.head_base, own)
 
 
-def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine: Combine | None = None) -> Frozen:
+def frozen(context: Context, *, policy: str, reward: str | Reward, combine: Combine | None = None) -> Frozen:
     """The reference, which is the policy's start, and a reward model, from the stages that made them.
 
     An ensemble's scores become one by `combine`, or as its stage says. The model itself (BASE) as a reference is the
@@ -68,7 +71,7 @@ def frozen(context: Context, *, policy: str, reward: str | HostFunction, combine
     )
 
 
-def ensemble_of(context: Context, reward: str | HostFunction, combine: Combine | None) -> Ensemble | None:
+def ensemble_of(context: Context, reward: str | Reward, combine: Combine | None) -> Ensemble | None:
     """How the scores of a stage's reward models become one, by `combine` or as the stage says; None where it is one."""
     ensemble = context.ensembles.get(reward) if isinstance(reward, str) else None
     if ensemble is None or combine is None:
@@ -94,8 +97,8 @@ def behaviour(policy: TrainState, *, ahead: bool = False) -> Behaviour:
 class Algorithm(Protocol):
     """One iteration of an on-policy stage, whole and in its phases; its state has a `policy` and `final` parameters."""
 
-    def frozen(self, context: Context) -> Frozen:
-        """What it does not train, on a mesh."""
+    def frozen(self, context: Context, name: str) -> Frozen:
+        """What the stage of that name does not train, on a mesh."""
         ...
 
     @property
@@ -113,6 +116,10 @@ class Algorithm(Protocol):
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
         """A completion for each prompt."""
+        ...
+
+    def cut(self, rollout: Rollout) -> Rollout:
+        """With what of its completions the reward reads, where the config `cuts`."""
         ...
 
     def score(self, own: Params, frozen: Frozen, rollout: Rollout) -> tuple[Rollout, Metrics]:
@@ -210,7 +217,7 @@ class Whole:
         which = (np.int32(draw),) if self._redraws else ()
         inputs = held, self._frozen, sharding.shard_batch(self._context.mesh, prompts), *which
         rollout = self._programs["sample"](*inputs)
-        return rollout, hosts.by_rows(scorer, with_rows(rollout, rows, self._context.tokenizer))
+        return rollout, scorer(with_rows(rollout, rows, self._context.tokenizer))
 
 
 def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
@@ -337,7 +344,7 @@ class Phases:
         """Queue the scoring of a rollout, after a reward of texts has read it, for those who improve by it."""
         rollout, own, rows = drawn
         if self._scorer is not None:
-            scores = hosts.by_rows(self._scorer, with_rows(rollout, rows, self._places.sampling.tokenizer))
+            scores = self._scorer(with_rows(rollout, rows, self._places.sampling.tokenizer))
             rollout = rollout.replace(scores=sharding.shard_batch(self._sampling, scores))
         rollout = self._in_turn(rollout)
         with sharding.scope(self._sampling):
@@ -379,8 +386,8 @@ def texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 
 
 def with_rows(rollout: Rollout, rows: Sequence[PromptRow], tokenizer: Tokenizer) -> list[Texts]:
-    """What a reward function reads: each completion with its prompt and its row's other fields."""
-    completions = _decoded(rollout.tokens, rollout.completion_mask, tokenizer)
+    """What a reward function reads: of each completion what is read, with its prompt and its row's other fields."""
+    completions = _decoded(rollout.tokens, rollout.read, tokenizer)
     return [Texts(row.text, text, row.metadata) for row, text in zip(rows, completions, strict=True)]
 
 

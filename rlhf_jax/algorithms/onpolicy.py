@@ -1,27 +1,35 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 
 from rlhf_jax import guard, hosts
+from rlhf_jax.algorithms import pair_judges
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Completing, Prompting, check_prompts, load_prompts, prompt_batches
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
-from rlhf_jax.evals.policy import Judge, Scorer, compare, write_samples
+from rlhf_jax.evals.bootstrap import interval, mean_of
+from rlhf_jax.evals.policy import Judge, Row, Scorer, compare, write_samples
 from rlhf_jax.metrics import read_jsonl
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated, Disaggregated, Idle, Placement
 from rlhf_jax.rewards.ensemble import Combine, Ensemble
-from rlhf_jax.rewards.host import HostFunction, HostReward
+from rlhf_jax.rewards.group_judge import GroupJudge, JudgeReward, Reward
+from rlhf_jax.rewards.host import HostReward, Texts
+from rlhf_jax.rewards.judging import LocalJudge
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params
 
@@ -35,13 +43,27 @@ class ValueHead:
 
 
 @dataclass(frozen=True)
+class SharedTrunk:
+    """A head of zeros on the policy's own trunk: one network, one optimiser, one forward pass (Ziegler et al. 2019).
+
+    What stops the policy's updates (`stop_at_kl`, `optimizer.bad_steps`) stops the critic's with them.
+    """
+
+    value_coef: float = 0.1
+    """Weight of the value loss beside the policy's."""
+
+    def __post_init__(self) -> None:
+        require("critic.value_coef", self.value_coef, "(0, inf)")
+
+
+@dataclass(frozen=True)
 class Rewarded(Completing):
     """Fields of every stage in which a reward scores what a policy writes."""
 
     policy: str = "sft"
     """The stage whose policy writes; or "base"."""
-    reward: str | HostFunction = "reward_model"
-    """What scores completions: a reward_model stage, or a function of texts."""
+    reward: str | Reward = "reward_model"
+    """What scores completions: a reward_model stage, a function of texts, or a judge of those of a prompt."""
     combine: Combine | None = None
     """How the scores of an ensemble become one, where `reward` names such; none: as its stage says."""
 
@@ -49,20 +71,39 @@ class Rewarded(Completing):
         super().__post_init__()
         if self.combine is not None and not isinstance(self.reward, str):
             raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
+        if isinstance(self.reward, JudgeReward) and self.copies < 2:
+            raise ValueError("reward: a judge compares completions of one prompt: group_size must be at least 2")
+
+    @property
+    def local_judge(self) -> LocalJudge | None:
+        """The reward, where it is a model of the run that judges."""
+        judge = self.reward.judge if isinstance(self.reward, JudgeReward) else None
+        return judge if isinstance(judge, LocalJudge) else None
 
     def requires(self) -> dict[str, tuple[str, Role]]:
-        """Policy and reward model."""
+        """Policy, and reward model or judge."""
         role = "scorer" if self.combine is None else "ensemble"
         reward = named(role, reward=self.reward) if isinstance(self.reward, str) else {}
-        return named("policy", policy=self.policy) | reward
+        judge = {} if self.local_judge is None else {"reward.judge.model": self.local_judge.model}
+        return named("policy", policy=self.policy, **judge) | reward
+
+    def lengths(self) -> dict[str, int]:
+        """What a judge of the run reads, too."""
+        judge = self.local_judge
+        return super().lengths() | ({} if judge is None else {"reward.judge.length": judge.length})
+
+    @property
+    def judge_rows(self) -> dict[str, int]:
+        """Questions that a judge of the run reads at once, by their field."""
+        return {} if self.local_judge is None else {"reward.judge.batch_size": self.local_judge.batch_size}
 
     def check_inputs(self, data: Data) -> None:
         """The rows, or the labelled texts that openings are cut from, and what a reward reads of them; its file."""
-        if not isinstance(self.reward, str):
-            self.reward.check_inputs()
-        rows = check_prompts(self, data, labelled=True)
-        if isinstance(self.reward, str):
+        if isinstance(self.reward, str | JudgeReward):
+            check_prompts(self, data, labelled=True)
             return
+        self.reward.check_inputs()
+        rows = check_prompts(self, data, labelled=True)
         for row in rows:
             try:
                 self.reward.check_row(row.metadata)
@@ -76,6 +117,10 @@ class OnPolicyConfig(Rewarded):
 
     policy: str = "sft"
     """The stage that the policy starts from, which is also the frozen reference; or "base"."""
+    network: NetworkPart | None = None
+    """A reward model whose weighed score is added to that of `reward`, a function of texts; none: `reward` alone."""
+    truncate: Truncation | None = None
+    """Where the reward stops reading a completion; none: at its end."""
     steps: int = 40
     """Iterations: each samples a batch and learns from it."""
     evaluation_sampling: Sampling | None = None
@@ -88,6 +133,13 @@ class OnPolicyConfig(Rewarded):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "checkpoint_every")
+        if self.network is not None and isinstance(self.reward, str | JudgeReward):
+            given = self.reward if isinstance(self.reward, str) else "a judge"
+            raise ValueError(f"network is added to a reward that is a function of texts, not to reward={given!r}")
+        if self.truncate is not None and self.truncate.after >= self.completion_tokens:
+            raise ValueError(
+                f"truncate.after={self.truncate.after} must be under completion_tokens={self.completion_tokens}"
+            )
         roles = ", ".join(self.idle_roles)
         for role in self.placement.offload:
             if role not in self.idle_roles:
@@ -96,7 +148,18 @@ class OnPolicyConfig(Rewarded):
     @property
     def idle_roles(self) -> tuple[Idle, ...]:
         """Roles that hold parameters or states in phases in which they are idle."""
-        return ("reference", "reward", "optimizers") if isinstance(self.reward, str) else ("reference", "optimizers")
+        reads = isinstance(self.scored_by, str)
+        return ("reference", "reward", "optimizers") if reads else ("reference", "optimizers")
+
+    @property
+    def scored_by(self) -> str | Reward:
+        """The stage whose network scores on the devices; or, where none does, what reads texts."""
+        return self.reward if self.network is None else self.network.stage
+
+    def requires(self) -> dict[str, tuple[str, Role]]:
+        """The network beside a function, too."""
+        beside = {} if self.network is None else named("scorer", **{"network.stage": self.network.stage})
+        return super().requires() | beside
 
     @property
     def max_weight(self) -> float | None:
@@ -124,8 +187,12 @@ def critic_params(context: Context, critic: str | ValueHead) -> Params:
     if isinstance(critic, str):
         return context.head_params(critic)
     trunk = {name: value for name, value in context.policy_params(critic.trunk).items() if name != "unembedding"}
-    head = {"kernel": jnp.zeros((context.spec.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
-    return {"trunk": trunk, "head": head}
+    return {"trunk": trunk, "head": zero_head(context.spec)}
+
+
+def zero_head(spec: ModelSpec) -> Params:
+    """A value head before it has learnt."""
+    return {"kernel": jnp.zeros((spec.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
 
 
 def train(algorithm: Algorithm, state: Any, context: Context, places: Places, name: str) -> dict[str, Any]:
@@ -135,13 +202,14 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     """
     config = algorithm.config
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
-    with nullcontext() if isinstance(config.reward, str) else HostReward(config.reward, name) as scorer:
+    with reader(config, context, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
-        fixed = algorithm.frozen(places.sampling)
+        fixed = algorithm.frozen(places.sampling, name)
         iterations = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
         fixed, last = iterations.readers(state)
+        judge = scorer if isinstance(scorer, GroupJudge) else None  # who compares, and has no score for one completion
         before, after = evaluate(
             Drawing(
                 config.prompt_length,
@@ -155,15 +223,27 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             (fixed.policy(fixed.reference), fixed.policy(last)),
             prompts=prompts.heldout,
             reference=fixed.policy(fixed.reference),
-            reward=fixed.network(fixed.reward) if scorer is None else scorer,
+            reward={} if judge else fixed.network(fixed.reward) if scorer is None else scorer,
             ensemble=fixed.ensemble,
             judges=judged_by,
+            cut=None if config.truncate is None else algorithm.cut,
+            network=None if config.network is None else (config.network, fixed.network(fixed.reward)),
+        )
+        preferred = (
+            {} if judge is None else {**win_rate(judge, prompts.heldout, before, after), **pair_judges.costs(judge.ask)}
         )
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
     deviations = hosts.from_writer(lambda: largest(context, name, "ratio_deviation", "sampling_deviation"))
     counts = {} if config.data is None else prompts.counts.figures()
-    return {**compare(before, after), **deviations, **counts, **guard.figures(state), "steps": config.steps}
+    return {
+        **compare(before, after),
+        **preferred,
+        **deviations,
+        **counts,
+        **guard.figures(state),
+        "steps": config.steps,
+    }
 
 
 def fit(
@@ -199,15 +279,41 @@ def fit(
 
 
 @contextmanager
-def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[tuple[Params | Scorer, Ensemble | None]]:
-    """What reads completions for their scores: a network's parameters, of an ensemble or not, or a function's process,
-    which is ended afterwards.
+def reader(config: Rewarded, context: Context, name: str) -> Iterator[Scorer | None]:
+    """Who reads completions on the host: a function's process, which is ended afterwards, or a judge; None for a
+    network.
     """
     if isinstance(config.reward, str):
-        yield context.network(config.reward), ensemble_of(context, config.reward, config.combine)
-        return
-    with HostReward(config.reward, name) as scorer:
-        yield scorer, None
+        yield None
+    elif isinstance(config.reward, JudgeReward):
+        yield GroupJudge(config.reward, pair_judges.of(config.reward.judge, context, name), size=config.copies)
+    else:
+        with HostReward(config.reward, name) as scorer:
+            yield scorer
+
+
+@contextmanager
+def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[tuple[Params | Scorer, Ensemble | None]]:
+    """What reads completions for their scores: a network's parameters, of an ensemble or not, or a `reader`."""
+    with reader(config, context, name) as scorer:
+        if scorer is not None:
+            yield scorer, None
+        else:
+            assert isinstance(config.reward, str)
+            yield context.network(config.reward), ensemble_of(context, config.reward, config.combine)
+
+
+def win_rate(
+    judge: GroupJudge, prompts: Sequence[PromptRow], before: Sequence[Row], after: Sequence[Row]
+) -> dict[str, float]:
+    """How probably a later completion is better than an earlier one of its prompt, with a 95% interval over prompts."""
+    later, earlier = (
+        [Texts(prompt.text, row.completion, {}) for prompt, row in zip(prompts, rows, strict=True)]
+        for rows in (after, before)
+    )
+    better = judge.better(list(zip(later, earlier, strict=True)))
+    low, high = interval(mean_of(better), range(len(better)))
+    return {"win_rate": float(better.mean()), "win_rate_low": low, "win_rate_high": high}
 
 
 def judges(config: Prompting, context: Context) -> dict[str, Judge]:

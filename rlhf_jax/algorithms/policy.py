@@ -6,27 +6,26 @@ One iteration: sample `group_size` completions of each prompt, score them, compa
 Shapes: b rollouts, k completions of a prompt, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from rlhf_jax import advantages, guard, importance, kl, losses, masking
-from rlhf_jax.algorithms import iterations, onpolicy, trust_region
+from rlhf_jax import advantages, importance, kl, losses, masking
+from rlhf_jax.algorithms import critic_free, iterations, onpolicy, truncation, trust_region
 from rlhf_jax.algorithms.context import Context, check_positive
+from rlhf_jax.algorithms.critic_free import CriticFree
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.policy_gradient import (
-    PolicyGradient,
     PolicyGradientConfig,
     loss_mask,
     old_logps,
     row_mean,
 )
 from rlhf_jax.algorithms.policy_losses import CLIPS, LOSSES, OF_COMPLETIONS, Loss, Taken
-from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
+from rlhf_jax.algorithms.policy_state import PolicyState
 from rlhf_jax.algorithms.trust_region import TrustRegion
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
@@ -36,9 +35,9 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
-from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties, shape_scores
+from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties
 from rlhf_jax.sampling import ended
-from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
+from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout
 
 Baseline = Literal["none", "batch", "group", "leave_one_out", "greedy"]
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
@@ -153,6 +152,7 @@ class Config(PolicyGradientConfig):
                 "trust_region takes one step by all completions: loss='surrogate', epochs=1 and minibatches=1",
             ),
             (region and self.ptx is not None, "ptx is no part of trust_region's step"),
+            (region and self.ewc is not None, "ewc is no part of trust_region's step"),
             (
                 region and (self.optimizer.master, self.optimizer.bad_steps) != ("float32", "stop"),
                 "trust_region takes no optimiser's step: optimizer.master='float32' and bad_steps='stop'",
@@ -165,6 +165,10 @@ class Config(PolicyGradientConfig):
                 self.dynamic_sampling > 0 and (self.group_size < 2 or isinstance(self.reward, str)),
                 "dynamic_sampling replaces groups of equal scores: it needs group_size of at least 2 and a reward "
                 "that is a function of texts, for a network's scores differ",
+            ),
+            (
+                self.dynamic_sampling > 0 and self.network is not None,
+                "network: a network's scores differ, and dynamic_sampling replaces groups of equal scores",
             ),
             (
                 self.dynamic_sampling > 0 and self.placement != Colocated(),
@@ -200,11 +204,13 @@ class Config(PolicyGradientConfig):
         return super().notes() + [text for where, text in biased.items() if where == at and self.kl.coef > 0]
 
 
-class Algorithm(PolicyGradient):
+class Algorithm(CriticFree):
     """The methods' steps as functions of (state, frozen, prompts)."""
 
-    def __init__(self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id)
+    def __init__(
+        self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
         self.together = 2 if config.loss == "p3o" else 1
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
@@ -214,25 +220,10 @@ class Algorithm(PolicyGradient):
         rollout = super().sample(behaviour, frozen, prompts, greedy=greedy)
         return rollout.replace(group_ids=rows // self.config.group_size, used=None if greedy is None else ~greedy)
 
-    def improve(
-        self, state: PolicyState, frozen: Frozen, rollout: Rollout, metrics: Metrics
-    ) -> tuple[PolicyState, Metrics, Rollout]:
-        """Estimate advantages of a scored rollout, update; the scoring's `metrics` stand in those given back."""
-        with jax.named_scope("score"):
-            rollout, stale_metrics = self.with_old_logps(rollout, state, frozen)
-            rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
-        with jax.named_scope("update"):
-            state, update_metrics = self.update(state, frozen, rollout)
-        controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
-        metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
-        average = averaged(state.average, state.policy, self.config.average)
-        return state.replace(kl=controller, average=average), metrics, rollout
-
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
         """Rewards a token, from these advantages, and which completions are learnt from."""
         c, mask = self.config, rollout.completion_mask
-        has_ended = ended(rollout, self.eos_id)
-        shaped = shape_scores(rollout.scores, has_ended, c.shaping)
+        has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout)
         if c.overlong is not None:
             shaped += overlong_penalties(mask.sum(-1), c.overlong, limit=c.completion_tokens)
         groups = shaped.reshape(-1, c.group_size)
@@ -270,37 +261,21 @@ class Algorithm(PolicyGradient):
         }
         return made[c.baseline]().reshape(-1)
 
+    def units(self, rollout: Rollout) -> Rollout:
+        """Completions, or for P3O pairs of them."""
+        if self.together == 1:
+            return rollout
+        return jax.tree.map(lambda x: x.reshape(-1, self.together, *x.shape[1:]), rollout)
+
     def update(self, state: PolicyState, frozen: Frozen, rollout: Rollout) -> tuple[PolicyState, Metrics]:
         """`epochs` × `minibatches` steps, or the one of a trust region."""
-        rows = self.minibatch_rows(jax.random.fold_in(state.policy.step_key(), 1), together=self.together)
-        start = dataclasses.replace(state.policy, hyper={**state.policy.hyper, "kl_coef": state.kl.coef})
-        deviation = self.deviation(start, frozen, jax.tree.map(lambda x: x[rows[0]], rollout))
-        if self.config.trust_region is not None:
-            policy, metrics = trust_region.update(self, self.config.trust_region, start, frozen, rollout)
-            return state.replace(policy=policy), {"ratio_deviation": deviation, **metrics}
-
-        def step(
-            carry: tuple[TrainState, Bool[Array, ""]], rows: Int[Array, " m"]
-        ) -> tuple[tuple[TrainState, Bool[Array, ""]], Metrics]:
-            batch = jax.tree.map(lambda x: x[rows], rollout)
-            if self.together > 1:  # a pair is one row to those who split a batch
-                batch = jax.tree.map(lambda x: x.reshape(-1, self.together, *x.shape[1:]), batch)
-            policy, stopped, metrics = self.policy_update(*carry, batch, frozen)
-            return (policy, stopped), metrics
-
-        (policy, _), metrics = jax.lax.scan(step, (start, jnp.zeros((), bool)), rows)
-        metrics = guard.over_steps(metrics)
-        return state.replace(policy=policy), {
-            "ratio_deviation": deviation,
-            "policy_loss": metrics["loss"],
-            "skipped_updates": metrics["stopped"],
-            **{
-                name: metrics[name]
-                for name in ("policy_clipped", "approx_kl", "grad_norm", "ptx_loss")
-                if name in metrics
-            },
-            **guard.together(metrics),
-        }
+        region = self.config.trust_region
+        if region is None:
+            return super().update(state, frozen, rollout)
+        rows = self.minibatch_rows(jax.random.fold_in(state.policy.step_key(), 1))
+        start, deviation = self.beginning(state, frozen, rollout, rows[0])
+        policy, metrics = trust_region.update(self, region, start, frozen, rollout)
+        return state.replace(policy=policy), {"ratio_deviation": deviation, **metrics}
 
     def policy_loss(self) -> LossFn:
         """The method's loss, with KL and the entropy bonus where they have a weight in it."""
@@ -334,7 +309,9 @@ class Algorithm(PolicyGradient):
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
-    algorithm = Algorithm(config, context.spec, eos_id=context.tokenizer.eos_id, pad_id=context.tokenizer.pad_id)
+    tokenizer, cut_ids = context.tokenizer, truncation.token_ids(config.truncate, context.tokenizer)
+    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    algorithm = Algorithm(config, context.spec, **ends, cut_ids=cut_ids)
     places = iterations.places(config.placement, context)
     return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
 
@@ -343,6 +320,4 @@ def initial_state(algorithm: Algorithm, context: Context, name: str) -> PolicySt
     """The policy at the start of training, in shards."""
     c = algorithm.config
     hyper = {"clip_eps": c.clip_eps or 0.0, "clip_eps_high": c.clip_eps_high or 0.0, "entropy_coef": c.entropy_coef}
-    hyper["kl_coef"] = c.kl.coef
-    policy = policy_state(algorithm, context, name, hyper)
-    return PolicyState(policy, context.replicated(c.kl.init()), None if c.average is None else copied(policy.params))
+    return critic_free.initial_state(algorithm, context, name, hyper)

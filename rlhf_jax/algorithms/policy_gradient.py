@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import kl, masking, models
-from rlhf_jax.algorithms import iterations, pretraining_mix
+from rlhf_jax.algorithms import consolidation, iterations, pretraining_mix, truncation
+from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context, check_field, check_positive
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
@@ -29,11 +30,13 @@ from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.ensemble import reward as read_reward
-from rlhf_jax.rewards.shaping import Shaping
+from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import ended, generate
-from rlhf_jax.train_step import in_parts, keep_if, make_train_step
+from rlhf_jax.train_step import Step, in_parts, keep_if, make_train_step
 from rlhf_jax.types import Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
+HEAD = "head"
+"""Of a policy's parameters, the value head on its trunk, where it has one."""
 _TEXTS = 2**31 - 2  # of a step's keys: no microbatch has this index
 
 
@@ -61,6 +64,8 @@ class PolicyGradientConfig(OnPolicyConfig):
     """Ends an iteration's policy updates where the KL to the policy it began with exceeds this, in nats a token."""
     ptx: PretrainingMix | None = None
     """Texts of the experiment that the policy learns beside its rollouts: PPO-ptx."""
+    ewc: Consolidation | None = None
+    """What the experiment's texts need of the policy's parameters is held near the start."""
     average: float | None = None
     """Decay of a moving average of the policy's parameters over iterations, which is what the stage ends with."""
     exact_kl_rows: int = 32
@@ -89,18 +94,23 @@ class PolicyGradientConfig(OnPolicyConfig):
             raise ValueError(
                 f"ptx.batch_size={self.ptx.batch_size} must divide by num_microbatches={self.num_microbatches}"
             )
-        if self.ptx is not None and self.placement != Colocated():
-            raise ValueError("ptx needs placement=Colocated() without offload")
+        for name in ("ptx", "ewc"):
+            if vars(self)[name] is not None and self.placement != Colocated():
+                raise ValueError(f"{name} needs placement=Colocated() without offload")
+        if self.shaping.eos_penalty is not None and not self.sampling.ends:
+            raise ValueError("shaping.eos_penalty is for completions that may end: sampling.ends must be True")
 
     def check_inputs(self, data: Data) -> None:
         """The experiment's texts too, where the policy learns them."""
         super().check_inputs(data)
-        if self.ptx is not None:
-            check_field("ptx", lambda: check_texts(data, labelled=False))
+        for name in ("ptx", "ewc"):
+            if vars(self)[name] is not None:
+                check_field(name, lambda: check_texts(data, labelled=False))
 
     def lengths(self) -> dict[str, int]:
         """A row of text too."""
-        return super().lengths() | ({} if self.ptx is None else {"ptx.row_length": self.ptx.row_length})
+        texts = {name: vars(self)[name] for name in ("ptx", "ewc") if vars(self)[name] is not None}
+        return super().lengths() | {f"{name}.row_length": part.row_length for name, part in texts.items()}
 
     @property
     def parts(self) -> int:
@@ -109,7 +119,7 @@ class PolicyGradientConfig(OnPolicyConfig):
 
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a minibatch."""
-        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts}
+        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts} | self.judge_rows
 
     @property
     def updates(self) -> int:
@@ -120,13 +130,12 @@ class PolicyGradientConfig(OnPolicyConfig):
 class PolicyGradient(ABC):
     """An iteration but for what is learnt from a scored rollout; the config fixes shapes and choices."""
 
-    def __init__(self, config: Any, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
-        self.config, self.spec, self.eos_id, self.pad_id = config, spec, eos_id, pad_id
+    def __init__(
+        self, config: Any, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+    ) -> None:
+        """`cut_ids` are the tokens of `config.truncate`."""
+        self.config, self.spec, self.eos_id, self.pad_id, self.cut_ids = config, spec, eos_id, pad_id, cut_ids
         self.policy_optimizer = config.optimizer.make(config.updates)
-        loss_fn = self.policy_loss()
-        if config.ptx is not None:
-            loss_fn = pretraining_mix.with_texts(loss_fn, spec, config.ptx)
-        self.policy_step = make_train_step(loss_fn, self.policy_optimizer, num_microbatches=config.num_microbatches)
 
     @abstractmethod
     def policy_loss(self) -> LossFn:
@@ -136,12 +145,26 @@ class PolicyGradient(ABC):
     def improve(self, state: Any, frozen: Frozen, rollout: Rollout, metrics: Metrics) -> tuple[Any, Metrics, Rollout]:
         """Update by a scored rollout; the scoring's `metrics` stand in those given back."""
 
-    def frozen(self, context: Context) -> Frozen:
-        """Reference, reward model, what lies under adapters, and texts where they are learnt."""
+    def frozen(self, context: Context, name: str) -> Frozen:
+        """Reference, reward model, what lies under adapters, and of a stage's texts what it is asked to keep."""
         c = self.config
-        fixed = iterations.frozen(context, policy=c.policy, reward=c.reward, combine=c.combine)
-        ptx = self.config.ptx
-        return fixed if ptx is None else dataclasses.replace(fixed, texts=pretraining_mix.held(ptx, context))
+        fixed = iterations.frozen(context, policy=c.policy, reward=c.scored_by, combine=c.combine)
+        if c.ptx is not None:
+            fixed = dataclasses.replace(fixed, texts=pretraining_mix.held(c.ptx, context))
+        if c.ewc is not None:
+            start = fixed.reference or context.policy_params(c.policy)
+            fixed = dataclasses.replace(fixed, anchor=consolidation.anchored(c.ewc, context, name, start))
+        return fixed
+
+    def policy_step(self, frozen: Frozen) -> Step:
+        """A step of the policy by its own loss, and by what it is asked to keep."""
+        c, loss_fn = self.config, self.policy_loss()
+        if c.ptx is not None:
+            loss_fn = pretraining_mix.with_texts(loss_fn, self.spec, c.ptx)
+        if c.ewc is not None:
+            assert frozen.anchor is not None
+            loss_fn = consolidation.held(loss_fn, c.ewc, frozen.anchor)
+        return make_train_step(loss_fn, self.policy_optimizer, num_microbatches=c.num_microbatches)
 
     def iteration(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> tuple[Any, Metrics, Rollout]:
         """Sample, score, update."""
@@ -171,35 +194,40 @@ class PolicyGradient(ABC):
             pad_id=self.pad_id,
             greedy=greedy,
         )
-        return rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
+        rollout = rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
+        return rollout if self.config.truncate is None else self.cut(rollout)
+
+    def cut(self, rollout: Rollout) -> Rollout:
+        """With what of its completions the reward reads."""
+        return truncation.cut(self.config.truncate, self.cut_ids, rollout)
 
     def score(self, own: Params, frozen: Frozen, rollout: Rollout) -> tuple[Rollout, Metrics]:
         """Scores, where the reward is a network, log-probs and reference log-probs, and what compares the two policies.
 
-        `own` are the parameters of the policy that wrote the rollout. Its log-probs are read again without a cache, as
-        training reads them; `sampling_deviation` says how far the sampler's own were from them.
+        `own` are the parameters of the policy that wrote the rollout; where it has a head, values are read beside its
+        log-probs. These are read again without a cache, as training reads them; `sampling_deviation` says how far the
+        sampler's own were from them.
         """
         c = self.config
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
-        is_network = isinstance(c.reward, str)
 
         def part(rows: Rollout) -> tuple[Any, ...]:
             window, temperature = slice(c.prompt_length, None), c.sampling.temperature
             mask = rows.completion_mask[:, window]
-            logits = self.completion_logits(policy, rows)
+            logits, values = self.logits_and_values(policy, rows)
             ref_logits = self.completion_logits(reference, rows)
             return (
+                values,
                 *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
                 masking.keep(entropy(logits, temperature=temperature), mask),
                 masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.mask)
-                if is_network
-                else {"score": rows.scores},
+                self.readings(reward, frozen, rows),
             )
 
-        logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.parts)
+        values, logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.parts)
         sampled_logps, scores = rollout.logps, readings.pop("score")
         rollout = rollout.replace(logps=self.padded(logps), ref_logps=self.padded(ref_logps), scores=scores)
+        rollout = self.with_own_values(rollout, values)
         mask = loss_mask(rollout)
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
         kept = mask[:, c.prompt_length :]
@@ -216,17 +244,33 @@ class PolicyGradient(ABC):
         }
         return rollout, metrics
 
+    def readings(self, reward: Params, frozen: Frozen, rows: Rollout) -> dict[str, Float[Array, " b"]]:
+        """Scores, by a network or as a function has given them, and what else is known of them."""
+        c = self.config
+        if not isinstance(c.scored_by, str):
+            return {"score": rows.scores}
+        read = read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.prompt_mask | rows.read)
+        if c.network is None:
+            return read
+        return {**read, "score": rows.scores + c.network.shaped(read["score"]), "network_score": read["score"]}
+
     def with_old_logps(self, rollout: Rollout, state: Any, frozen: Frozen) -> tuple[Rollout, Metrics]:
         """Of a rollout made ahead this policy's log-probs, and how far it has moved on."""
         c, bound = self.config, self.config.max_weight
         if bound is None:
             return rollout, {}
         policy = frozen.policy(state.policy.params)
-        logps = in_parts(lambda rows: self.kept_logps(self.completion_logits(policy, rows), rows), rollout, c.parts)
-        rollout, mask = rollout.replace(old_logps=self.padded(logps)), loss_mask(rollout)
+
+        def part(rows: Rollout) -> tuple[Array, Array | None]:
+            logits, values = self.logits_and_values(policy, rows)
+            return self.kept_logps(logits, rows), values
+
+        logps, values = in_parts(part, rollout, c.parts)
+        rollout = self.with_own_values(rollout.replace(old_logps=self.padded(logps)), values)
+        mask = loss_mask(rollout)
         cut = jnp.exp(rollout.old_logps - rollout.logps) > bound
         return rollout, {
-            "staleness": jnp.mean(state.policy.step - rollout.written_at, dtype=jnp.float32),
+            "staleness": row_mean((state.policy.step - rollout.written_at).astype(jnp.float32), rollout.used),
             "stale_kl": masking.masked_mean(kl.k3(rollout.logps, rollout.old_logps), mask),
             "weights_cut": masking.masked_mean(cut.astype(jnp.float32), mask),
         }
@@ -255,12 +299,17 @@ class PolicyGradient(ABC):
             mask, key = loss_mask(batch), jax.random.fold_in(policy.step_key(), _TEXTS)
             count = self.reduce(jnp.zeros(mask.shape), mask).count
             batch = pretraining_mix.mixed(self.config.ptx, batch, count, frozen.texts, key)
-        new, metrics = self.policy_step(policy, batch, frozen.base)
+        new, metrics = self.policy_step(frozen)(policy, batch, frozen.base)
         if self.config.stop_at_kl is not None:
             stopped |= metrics["approx_kl"] > self.config.stop_at_kl  # went too far already
             new = keep_if(stopped, policy, new)
         metrics["stopped"] = stopped.astype(jnp.float32)
         return new, stopped, metrics
+
+    def shaped(self, rollout: Rollout) -> Float[Array, " b"]:
+        """Scores as rewards are made of them."""
+        scores = shape_scores(rollout.scores, ended(rollout, self.eos_id), self.config.shaping)
+        return truncation.penalised(scores, self.config.truncate, self.cut_ids, rollout)
 
     def reduce(self, x: Float[Array, "*b t"], mask: Bool[Array, "*b t"]) -> Mean:
         """The loss's mean, as the config's `reducer` says."""
@@ -281,15 +330,36 @@ class PolicyGradient(ABC):
         logps = token_logps(logits, rollout.tokens[:, window], temperature=self.config.sampling.temperature)
         return masking.keep(logps, rollout.completion_mask[:, window])
 
-    def logits_and_routing(self, params: Params, rollout: Rollout) -> tuple[Float[Array, "b n v"], Any]:
-        """Logits as `completion_logits`, and where a mixture of experts sent the tokens."""
+    def with_own_values(self, rollout: Rollout, values: Float[Array, "b n"] | None) -> Rollout:
+        """With the values of a policy's own head; as it is where the policy has none."""
+        if values is None:
+            return rollout
+        return rollout.replace(values=masking.keep(self.padded(values), rollout.completion_mask))
+
+    def states_and_routing(self, params: Params, rollout: Rollout) -> tuple[Float[Array, "b n d"], Any]:
+        """States that predict the completion's tokens, and where a mixture of experts sent all tokens."""
         states, routing = models.hidden_and_routing(self.spec, params, rollout.tokens, rollout.mask)
-        return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1]), routing
+        return states[:, self.config.prompt_length - 1 : -1], routing
+
+    def logits_and_routing(self, params: Params, rollout: Rollout) -> tuple[Float[Array, "b n v"], Any]:
+        """Logits that predict the completion's tokens, and where a mixture of experts sent all tokens."""
+        states, routing = self.states_and_routing(params, rollout)
+        return models.unembed(self.spec, params, states), routing
+
+    def logits_and_values(
+        self, params: Params, rollout: Rollout
+    ) -> tuple[Float[Array, "b n v"], Float[Array, "b n"] | None]:
+        """Logits that predict the completion's tokens, and the values before them where the parameters have a head.
+
+        Prompts never reach the vocabulary.
+        """
+        states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)[:, self.config.prompt_length - 1 : -1]
+        values = models.read_head(params, states) if HEAD in params else None
+        return models.unembed(self.spec, params, states), values
 
     def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
-        """Logits that predict the completion's tokens; prompts never reach the vocabulary."""
-        states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)
-        return models.unembed(self.spec, params, states[:, self.config.prompt_length - 1 : -1])
+        """The logits alone."""
+        return self.logits_and_values(params, rollout)[0]
 
 
 def old_logps(rollout: Rollout) -> Float[Array, "b t"]:

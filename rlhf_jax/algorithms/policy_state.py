@@ -7,7 +7,7 @@ import jax
 
 from rlhf_jax import kl, models
 from rlhf_jax.algorithms.context import Context
-from rlhf_jax.algorithms.policy_gradient import PolicyGradient
+from rlhf_jax.algorithms.policy_gradient import HEAD, PolicyGradient
 from rlhf_jax.models import lora
 from rlhf_jax.models.heads import box
 from rlhf_jax.train_step import sharded_state
@@ -23,8 +23,9 @@ class PolicyState(flax.struct.PyTreeNode):
 
     @property
     def final(self) -> Params:
-        """The policy's own parameters that a stage ends with."""
-        return self.policy.params if self.average is None else self.average
+        """The policy's own parameters that a stage ends with, without a value head."""
+        params = self.policy.params if self.average is None else self.average
+        return {name: part for name, part in params.items() if name != HEAD}
 
 
 def copied(params: Params) -> Params:
@@ -39,14 +40,22 @@ def averaged(average: Params | None, policy: TrainState, decay: float | None) ->
     return jax.tree.map(lambda a, p: (a + (1 - decay) * (p - a)).astype(p.dtype), average, policy.params)
 
 
-def policy_state(algorithm: PolicyGradient, context: Context, name: str, hyper: dict[str, float]) -> TrainState:
-    """The policy at the start of training, in shards; `hyper` beside its learning rate."""
+def policy_state(
+    algorithm: PolicyGradient, context: Context, name: str, hyper: dict[str, float], *, head: Params | None = None
+) -> TrainState:
+    """The policy at the start of training, in shards, with a value head if one is given; `hyper` beside its learning
+    rate.
+    """
     c = algorithm.config
+    params = context.policy_params(c.policy)
     boxes = lora.own(context.spec, jax.eval_shape(partial(models.init, context.spec), jax.random.key(0)))
+    if head is not None:
+        boxes[HEAD] = jax.eval_shape(partial(models.init_with_head, context.spec), jax.random.key(0))[HEAD]
+        params = {**params, HEAD: head}
     return sharded_state(
         context.mesh,
         partial(box, boxes=boxes),
-        context.policy_params(c.policy),
+        params,
         algorithm.policy_optimizer,
         {"learning_rate": c.optimizer.learning_rate, **hyper},
         context.key(name),

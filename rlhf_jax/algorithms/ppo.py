@@ -1,49 +1,53 @@
 """PPO with a KL penalty to a frozen reference (Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024).
 
 One iteration, compiled as a whole: sample completions, score them, turn scores and KL into advantages, and take
-`epochs` × `minibatches` clipped steps of the policy and of its separate critic. `placement` may part it in phases, and
+`epochs` × `minibatches` clipped steps of the policy and of its critic, a network of its own or a head on the policy.
+Each minibatch may hold older rollouts too (`replay`). `placement` may part it in phases, and
 have completions sampled one iteration ahead: `placement.Disaggregated` says what becomes of the loss then.
 
 Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
-from rlhf_jax.algorithms import iterations, onpolicy
+from rlhf_jax.algorithms import iterations, onpolicy, replay, truncation
 from rlhf_jax.algorithms.context import Context, Role, named
 from rlhf_jax.algorithms.iterations import Frozen
-from rlhf_jax.algorithms.onpolicy import ValueHead
+from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig, old_logps
 from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
+from rlhf_jax.algorithms.replay import Replay
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
-from rlhf_jax.placement import Idle
-from rlhf_jax.rewards.shaping import shape_scores
-from rlhf_jax.sampling import ended
+from rlhf_jax.placement import Disaggregated, Idle
 from rlhf_jax.train_step import in_parts, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
+
+PARTS = ("approx_kl", "ptx_loss", "ewc_penalty", "value_loss", "value_clipped")
+"""Metrics of a step that stand in an iteration's by their own names, where they are there."""
+CRITIC_OPTIMIZER = Optimizer(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
 class Config(PolicyGradientConfig):
     """PPO on openings of reviews or on rows of prompts, with a reward model or a function of texts."""
 
-    critic: str | ValueHead = "reward_model"
-    """What the critic starts from: a reward_model stage, or a policy with a new head."""
-    critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=3e-4))
-    """The critic's."""
+    critic: str | ValueHead | SharedTrunk = "reward_model"
+    """What the critic starts from, a reward_model stage or a policy with a new head; or a head on the policy itself."""
+    critic_optimizer: Optimizer = CRITIC_OPTIMIZER
+    """That of a critic of its own."""
     lam: float = 0.95
     """λ of generalised advantage estimation."""
     whiten_advantages: bool = True
@@ -52,6 +56,8 @@ class Config(PolicyGradientConfig):
     """Clip range of the probability ratio."""
     value_clip: float | None = 0.2
     """Clip range of the value's change; none: no clipping."""
+    replay: Replay | None = None
+    """Older rollouts that are learnt from beside the newest; none: no older ones."""
     reducer: Literal["token", "sequence"] = "token"
     """Whether each token or each completion weighs the same in the losses."""
 
@@ -59,30 +65,51 @@ class Config(PolicyGradientConfig):
         super().__post_init__()
         for name, interval in (("lam", "[0, 1]"), ("clip_eps", "(0, 1)"), ("value_clip", "(0, inf)")):
             require(name, vars(self)[name], interval)
+        if self.shared and self.critic_optimizer != CRITIC_OPTIMIZER:
+            raise ValueError("critic_optimizer is for a critic of its own: critic=SharedTrunk() learns by `optimizer`")
+        if self.shared and isinstance(self.placement, Disaggregated):
+            raise ValueError("critic=SharedTrunk() is the policy, on its devices: placement must be Colocated")
+        if self.replay is not None and self.placement.ahead:
+            raise ValueError("replay weighs rollouts of policies before the newest: placement.ahead must be 0")
 
     def requires(self) -> dict[str, tuple[str, Role]]:
         """Policy, reward model and critic."""
+        if isinstance(self.critic, SharedTrunk):
+            return super().requires()
         if isinstance(self.critic, str):
             return super().requires() | named("reward", critic=self.critic)
         return super().requires() | named("policy", **{"critic.trunk": self.critic.trunk})
 
     @property
+    def shared(self) -> bool:
+        """Whether the critic is a head on the policy."""
+        return isinstance(self.critic, SharedTrunk)
+
+    @property
     def idle_roles(self) -> tuple[Idle, ...]:
-        """The critic too."""
-        return (*super().idle_roles, "critic")
+        """The critic too, where it is a network of its own."""
+        return super().idle_roles if self.shared else (*super().idle_roles, "critic")
+
+    @property
+    def max_weight(self) -> float | None:
+        """That of older rollouts, where they are learnt from."""
+        return super().max_weight if self.replay is None else self.replay.max_weight
 
 
 class State(PolicyState):
-    """The critic too."""
+    """The critic too, where it is a network of its own, and older rollouts where they are learnt from."""
 
-    critic: TrainState
+    critic: TrainState | None
+    older: Rollout | None
 
 
 class Algorithm(PolicyGradient):
     """PPO's steps as functions of (state, frozen, prompts)."""
 
-    def __init__(self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id)
+    def __init__(
+        self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
         self.critic_optimizer = config.critic_optimizer.make(config.updates)
         self.critic_step = make_train_step(
             self.critic_loss(), self.critic_optimizer, num_microbatches=config.num_microbatches
@@ -92,6 +119,9 @@ class Algorithm(PolicyGradient):
         self, state: State, frozen: Frozen, rollout: Rollout, metrics: Metrics
     ) -> tuple[State, Metrics, Rollout]:
         """Estimate advantages of a scored rollout, update; the scoring's `metrics` stand in those given back."""
+        if self.config.replay is not None and state.older is not None:
+            rollout = replay.joined(rollout, state.older)
+            state = state.replace(older=replay.without_oldest(rollout, self.config.replay))
         with jax.named_scope("score"):
             rollout, stale_metrics = self.with_old_logps(self.with_values(rollout, state, frozen), state, frozen)
             rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
@@ -100,10 +130,14 @@ class Algorithm(PolicyGradient):
         controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
         metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
         average = averaged(state.average, state.policy, self.config.average)
+        if self.config.replay is not None:
+            rollout = jax.tree.map(lambda x: x[: self.config.batch_size], rollout)
         return state.replace(kl=controller, average=average), metrics, rollout
 
     def with_values(self, rollout: Rollout, state: State, frozen: Frozen) -> Rollout:
-        """The critic's values."""
+        """The critic's values, where it is a network of its own."""
+        if state.critic is None:
+            return rollout
         c, critic = self.config, frozen.network(state.critic.params)
 
         def part(rows: Rollout) -> Array:
@@ -115,10 +149,9 @@ class Algorithm(PolicyGradient):
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
         """Rewards a token, and from these advantages and returns."""
         c, mask = self.config, rollout.completion_mask
-        shaped = shape_scores(rollout.scores, ended(rollout, self.eos_id), c.shaping)
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
-        rewards = token_rewards(shaped, k1, mask, kl_coef=kl_coef)
-        metrics = {"reward": rewards.sum(-1).mean(), "kl_coef": kl_coef}
+        rewards = token_rewards(self.shaped(rollout), k1, mask, kl_coef=kl_coef)
+        metrics = {"reward": rewards.sum(-1)[: c.batch_size].mean(), "kl_coef": kl_coef}
         if c.shaping.whiten:
             rewards = masking.whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, rollout.values, mask, gamma=c.gamma, lam=c.lam)
@@ -129,40 +162,44 @@ class Algorithm(PolicyGradient):
         return rollout.replace(rewards=rewards, advantages=advantages, returns=returns), metrics
 
     def update(self, state: State, frozen: Frozen, rollout: Rollout) -> tuple[State, Metrics]:
-        """`epochs` × `minibatches` steps of policy and critic."""
-        rows = self.minibatch_rows(jax.random.fold_in(state.policy.step_key(), 1))
+        """`epochs` × `minibatches` steps of policy and critic, each its own or one of both."""
+        c, rows = self.config, self.minibatch_rows(jax.random.fold_in(state.policy.step_key(), 1))
+        if c.replay is not None:
+            rows = replay.of_each(rows, c.replay, batch_size=c.batch_size)
 
         def step(carry: tuple[State, Bool[Array, ""]], rows: Int[Array, " m"]) -> tuple[Any, tuple[Metrics, Metrics]]:
             state, stopped = carry
             batch = jax.tree.map(lambda x: x[rows], rollout)
             policy, stopped, policy_metrics = self.policy_update(state.policy, stopped, batch, frozen)
-            critic, critic_metrics = self.critic_step(state.critic, batch, frozen.head_base)
+            critic, critic_metrics = state.critic, {}
+            if critic is not None:
+                critic, critic_metrics = self.critic_step(critic, batch, frozen.head_base)
             return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
 
         deviation = self.deviation(state.policy, frozen, jax.tree.map(lambda x: x[rows[0]], rollout))
         (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
         policy, critic = guard.over_steps(policy), guard.over_steps(critic)
+        apart = {} if c.shared else {"value_loss": critic["loss"], "critic_grad_norm": critic["grad_norm"]}
         return state, {
             "ratio_deviation": deviation,
             "policy_loss": policy["loss"],
-            "value_loss": critic["loss"],
+            **apart,
             "policy_clipped": policy["policy_clipped"],
-            "value_clipped": critic["value_clipped"],
-            **{name: policy[name] for name in ("approx_kl", "ptx_loss") if name in policy},
+            **{name: metrics[name] for metrics in (policy, critic) for name in PARTS if name in metrics},
             "grad_norm": policy["grad_norm"],
-            "critic_grad_norm": critic["grad_norm"],
             "skipped_updates": policy["stopped"],
             **guard.together(policy, critic),
         }
 
     def policy_loss(self) -> LossFn:
-        """The clipped surrogate, with the entropy bonus where it has a weight."""
+        """The clipped surrogate, with the entropy bonus and the loss of the policy's own values where they weigh."""
         c, window = self.config, slice(self.config.prompt_length, None)
 
         def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
             del key
             mask, old = batch.completion_mask[:, window], old_logps(batch)[:, window]
-            logits, routing = self.logits_and_routing(params, batch)
+            states, routing = self.states_and_routing(params, batch)
+            logits = models.unembed(self.spec, params, states)
             logps = self.kept_logps(logits, batch)
             loss, d = losses.ppo_clip(logps, old, batch.advantages[:, window], clip_eps=hyper["clip_eps"])
             if c.max_weight is not None:
@@ -174,49 +211,74 @@ class Algorithm(PolicyGradient):
                 "policy_clipped": masking.token_mean(d["clipped"], mask),
                 "approx_kl": masking.token_mean(kl.k3(old, logps), mask),
             }
+            if isinstance(c.critic, SharedTrunk):
+                value_loss, value_metrics = self.value_loss(models.read_head(params, states), batch, hyper)
+                loss += c.critic.value_coef * value_loss
+                metrics |= value_metrics | {"value_loss": self.reduce(value_loss, mask)}
             total, balance = with_load_balance(self.spec, self.reduce(loss, mask), routing, batch.mask)
             return total, metrics | balance
 
         return loss_fn
 
     def critic_loss(self) -> LossFn:
-        """Half the squared error of the values, clipped."""
-        c, window = self.config, slice(self.config.prompt_length, None)
+        """That of a critic of its own."""
+        window = slice(self.config.prompt_length, None)
 
         def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
             del key
-            mask = batch.completion_mask[:, window]
             values = models.values(self.spec, params, batch.tokens, batch.mask)[:, window]
-            clip_eps = None if c.value_clip is None else hyper["value_clip"]
-            loss, d = losses.clipped_value(values, batch.values[:, window], batch.returns[:, window], clip_eps=clip_eps)
-            return self.reduce(loss, mask), {"value_clipped": masking.token_mean(d["clipped"], mask)}
+            loss, metrics = self.value_loss(values, batch, hyper)
+            return self.reduce(loss, batch.completion_mask[:, window]), metrics
 
         return loss_fn
+
+    def value_loss(
+        self, values: Float[Array, "b n"], batch: Rollout, hyper: Hyper
+    ) -> tuple[Float[Array, "b n"], dict[str, Mean]]:
+        """Half the squared error of the values, clipped."""
+        window = slice(self.config.prompt_length, None)
+        clip_eps = None if self.config.value_clip is None else hyper["value_clip"]
+        loss, d = losses.clipped_value(values, batch.values[:, window], batch.returns[:, window], clip_eps=clip_eps)
+        return loss, {"value_clipped": masking.token_mean(d["clipped"], batch.completion_mask[:, window])}
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
-    algorithm = Algorithm(config, context.spec, eos_id=context.tokenizer.eos_id, pad_id=context.tokenizer.pad_id)
+    tokenizer, cut_ids = context.tokenizer, truncation.token_ids(config.truncate, context.tokenizer)
+    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    algorithm = Algorithm(config, context.spec, **ends, cut_ids=cut_ids)
     places = iterations.places(config.placement, context)
     return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
 
 
 def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:
     """Policy and critic at the start of training, in shards."""
-    c, spec = algorithm.config, context.spec
-    critic_boxes = jax.eval_shape(partial(models.init_with_head, spec), jax.random.key(0))
-    policy = policy_state(algorithm, context, name, {"clip_eps": c.clip_eps, "entropy_coef": c.entropy_coef})
+    c, own = algorithm.config, isinstance(algorithm.config.critic, SharedTrunk)
+    hyper = {
+        "clip_eps": c.clip_eps,
+        "entropy_coef": c.entropy_coef,
+        **({"value_clip": c.value_clip or 0.0} if own else {}),
+    }
+    policy = policy_state(algorithm, context, name, hyper, head=onpolicy.zero_head(context.spec) if own else None)
+    length = c.prompt_length + c.completion_tokens
     return State(
         policy=policy,
         average=None if c.average is None else copied(policy.params),
-        critic=sharded_state(
-            context.mesh,
-            partial(box, boxes=critic_boxes),
-            onpolicy.critic_params(context, c.critic),
-            algorithm.critic_optimizer,
-            {"learning_rate": c.critic_optimizer.learning_rate, "value_clip": c.value_clip or 0.0},
-            context.key(name),
-            master=c.critic_optimizer.master,
-        ),
+        critic=None if isinstance(c.critic, SharedTrunk) else critic_state(algorithm, context, name, c.critic),
         kl=context.replicated(c.kl.init()),
+        older=None if c.replay is None else replay.empty(c.replay, context, rows=c.batch_size, length=length),
+    )
+
+
+def critic_state(algorithm: Algorithm, context: Context, name: str, critic: str | ValueHead) -> TrainState:
+    """A critic of its own at the start of training, in shards."""
+    c, boxes = algorithm.config, jax.eval_shape(partial(models.init_with_head, context.spec), jax.random.key(0))
+    return sharded_state(
+        context.mesh,
+        partial(box, boxes=boxes),
+        onpolicy.critic_params(context, critic),
+        algorithm.critic_optimizer,
+        {"learning_rate": c.critic_optimizer.learning_rate, "value_clip": c.value_clip or 0.0},
+        context.key(name),
+        master=c.critic_optimizer.master,
     )

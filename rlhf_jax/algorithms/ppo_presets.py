@@ -7,8 +7,9 @@ Data, model and mesh are the experiment's. Where a paper's detail has no field h
 
 from typing import Any
 
-from rlhf_jax.algorithms.onpolicy import ValueHead
+from rlhf_jax.algorithms.onpolicy import SharedTrunk
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.shaping import EosPenalty, Shaping
@@ -27,20 +28,17 @@ _TLDR: dict[str, Any] = {
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Here the critic has a trunk of its own, where theirs shared the policy's and had 0.1 of its loss; completions may
-    # end at EOS; and none is cut at a full stop before it is scored.
+    # The reward is read at the full stop that a completion is cut at, not at the last of the pads behind it, and " ."
+    # is one. Their queries had 64 tokens each: here shorter ones stay as they are.
     "ziegler2019": {
         "prompt_tokens": (1, 64), "completion_tokens": 24, "too_long": "start",
-        "sampling": Sampling(temperature=0.7),
+        "sampling": Sampling(temperature=0.7, ends=False), "truncate": Truncation(".", after=16, score=-1.0),
         "batch_size": 512, "steps": 1_000_000 // 512, "epochs": 4, "minibatches": 1,
         "kl": AdaptiveKL(coef=0.15, target=6.0, horizon=10_000),
         "shaping": Shaping(whiten=True), "whiten_advantages": True,
         "gamma": 1.0, "lam": 0.95, "clip_eps": 0.2, "value_clip": 0.2,
-        "critic": ValueHead(),
+        "critic": SharedTrunk(value_coef=0.1),
         "optimizer": Optimizer(
-            1e-5, schedule="linear", b2=0.999, eps=1e-5, eps_form="tensorflow", clip_norm=_UNCLIPPED
-        ),
-        "critic_optimizer": Optimizer(
             1e-5, schedule="linear", b2=0.999, eps=1e-5, eps_form="tensorflow", clip_norm=_UNCLIPPED
         ),
     },

@@ -124,9 +124,9 @@ class Config:
         return "policy"
 
     def requires(self) -> dict[str, tuple[str, Role]]:
-        """The start, and the policy that is sampled."""
-        policy = {"pairs.policy": self.pairs.policy} if isinstance(self.pairs, SampledPairs) else {}
-        return named("policy", init=self.init, **policy)
+        """The start, and what sampled pairs need."""
+        pairs = self.pairs.requires() if isinstance(self.pairs, SampledPairs) else {}
+        return named("policy", init=self.init) | pairs
 
     def check_inputs(self, data: Data) -> None:
         """The judgements, or the labelled texts that they are made from."""

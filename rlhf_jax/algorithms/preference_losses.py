@@ -162,6 +162,11 @@ class Term:
         """Whether it sorts a batch's pairs, so that parts of the batch would give another number."""
         return self.loss in _ACROSS_BATCH
 
+    def with_beta(self, beta: float) -> "Term":
+        """With this β where the loss takes one and none is given."""
+        takes = "beta" in inspect.signature(self._function).parameters
+        return dataclasses.replace(self, beta=beta) if takes and self.beta is None else self
+
     def hyper(self) -> dict[str, float]:
         """What a sweep may vary, by its name in `TrainState.hyper`."""
         return {f"{self.loss}.{name}": value for name, value in self.options.items() if isinstance(value, float)}

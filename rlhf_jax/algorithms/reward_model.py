@@ -125,9 +125,9 @@ class Config:
         return "reward" if self.ensemble is None else "ensemble"
 
     def requires(self) -> dict[str, tuple[str, Role]]:
-        """The trunk, and the policy that is sampled."""
-        policy = {"pairs.policy": self.pairs.policy} if isinstance(self.pairs, SampledPairs) else {}
-        return named("policy", init=self.init, **policy)
+        """The trunk, and what sampled pairs need."""
+        pairs = self.pairs.requires() if isinstance(self.pairs, SampledPairs) else {}
+        return named("policy", init=self.init) | pairs
 
     def check_inputs(self, data: Data) -> None:
         """The rows, or the labelled texts that comparisons are made from."""

@@ -21,6 +21,7 @@ from rlhf_jax.models import ModelSpec, Policy
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.host import Texts
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampler
 from rlhf_jax.types import Key, Params, Rollout
 
@@ -28,7 +29,10 @@ Judge = Callable[[Sequence[str]], np.ndarray]
 """Texts to one number each."""
 
 Scorer = Callable[[Sequence[Texts]], np.ndarray]
-"""Prompts, completions and rows' other fields to one score each."""
+"""Prompts, completions and rows' other fields to one score each; every process of a run calls it."""
+
+Cut = Callable[[Rollout], Rollout]
+"""Sets a rollout's `read_mask`: what of its completions a reward reads."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Row:
 class PolicyEvaluation:
     """Samples a policy on fixed prompts with a fixed key and reads the completions: KL, score, judges.
 
-    The score is a reward network's (its parameters) or a function's of the texts. KL is that of the log-probs at
-    `temperature`, whichever one the completions are sampled at.
+    The score is a reward network's (its parameters) or a function's of the texts, with `network` beside it if there is
+    one, as far as `cut` leaves them. KL is that of the log-probs at `temperature`, whichever one the completions are
+    sampled at.
     """
 
     def __init__(
@@ -67,13 +72,18 @@ class PolicyEvaluation:
         ensemble: Ensemble | None = None,
         judges: Mapping[str, Judge],
         temperature: float,
+        cut: Cut | None = None,
+        network: tuple[NetworkPart, Params] | None = None,
     ) -> None:
         self._mesh, self._tokenizer, self._sampler = mesh, tokenizer, sampler
         self._prompts, self._key, self._judges = prompts, key, judges
+        self._cut = (lambda rollout: rollout) if cut is None else jax.jit(cut)
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
+        self._part, self._network = (None, self._network) if network is None else network
 
         def readings(policy: Policy, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
-            scores = read_reward(spec, network, ensemble, rollout.tokens, rollout.mask) if network else {}
+            read = rollout.prompt_mask | rollout.read
+            scores = read_reward(spec, network, ensemble, rollout.tokens, read) if network else {}
             if reference is None:
                 return scores
             ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)
@@ -93,6 +103,7 @@ class PolicyEvaluation:
         rows: list[Row] = []
         for rollout, count in self._sampler.rollouts(policy, [list(p.tokens) for p in prompts], key):
             with sharding.scope(self._mesh):
+                rollout = self._cut(rollout)
                 readings = hosts.fetch(self._readings(policy, reference, self._network, rollout))
             host, first = hosts.fetch(rollout), len(rows)
             for i in range(count):
@@ -103,12 +114,21 @@ class PolicyEvaluation:
                 rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
                 new, asking = rows[first:], prompts[first : first + count]
-                asked = [Texts(p.text, r.completion, p.metadata) for p, r in zip(asking, new, strict=True)]
-                self._add(new, "score", hosts.by_rows(self._scorer, asked))
+                read = [self._tokenizer.decode(host.tokens[i][host.read[i]].tolist()) for i in range(count)]
+                asked = [Texts(p.text, text, p.metadata) for p, text in zip(asking, read, strict=True)]
+                self._add_scores(new, self._scorer(asked))
         texts = [row.prompt + row.completion for row in rows]
         for name, judge in self._judges.items():
             self._add(rows, name, judge(texts))
         return rows
+
+    def _add_scores(self, rows: Sequence[Row], scores: np.ndarray) -> None:
+        """A function's scores, and to these what the network beside it adds."""
+        if self._part is not None:
+            read = np.asarray([row.readings["score"] for row in rows], np.float32)
+            self._add(rows, "network_score", read)
+            scores = scores + np.asarray(self._part.shaped(read))
+        self._add(rows, "score", scores)
 
     def _add(self, rows: Sequence[Row], name: str, values: np.ndarray) -> None:
         for row, value in zip(rows, values, strict=True):

@@ -44,7 +44,7 @@ def score(
     """One score a sequence, read at its last kept token; float32, for any padding."""
     states = transformer.hidden(spec, params["trunk"], tokens, mask)
     last = jnp.maximum(last_index(mask), 0)
-    return _head(params, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
+    return read_head(params, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
 
 
 def scores_at(
@@ -56,18 +56,19 @@ def scores_at(
 ) -> Float[Array, "b s"]:
     """The head's outputs at some tokens of each row, such as those that end its steps; float32, for any padding."""
     states = transformer.hidden(spec, params["trunk"], tokens, mask)
-    return _head(params, jnp.take_along_axis(states, jnp.asarray(ends)[..., None], axis=1))
+    return read_head(params, jnp.take_along_axis(states, jnp.asarray(ends)[..., None], axis=1))
 
 
 def values(
     spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
 ) -> Float[Array, "b t"]:
     """V before each token: entry t is the head's output at t − 1, entry 0 is 0; float32."""
-    outputs = _head(params, transformer.hidden(spec, params["trunk"], tokens, mask))
+    outputs = read_head(params, transformer.hidden(spec, params["trunk"], tokens, mask))
     return jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)))
 
 
-def _head(params: Params, states: Array) -> Array:
+def read_head(params: Params, states: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+    """The head's outputs, float32, of the trunk's hidden states."""
     head = params["head"]
     return jnp.matmul(states.astype(jnp.float32), head["kernel"], precision="highest") + head["bias"]
 

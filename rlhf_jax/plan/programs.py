@@ -18,10 +18,12 @@ from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
     compare,
+    consolidation,
     constitutional,
     distill,
     iterations,
     offline,
+    online_preference,
     policy,
     ppo,
     preference,
@@ -52,7 +54,7 @@ from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.sampling.decode import CACHE_AXES
 from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
-ENDS = {"eos_id": 1, "pad_id": 0}
+ENDS: dict[str, Any] = {"eos_id": 1, "pad_id": 0}
 """Any two tokens: which they are changes no shape."""
 
 
@@ -92,6 +94,10 @@ class Shapes(Context):
     def replicated(self, tree: Any) -> Any:
         """Shapes, whole on every device."""
         return jax.tree.map(lambda x: _struct(jnp.shape(x), jnp.result_type(x), sharding.replicated(self.mesh)), tree)
+
+    def zeros(self, shapes: Any) -> Any:
+        """The shapes themselves, as a batch's."""
+        return jax.tree.map(lambda x: _batch(self, x.shape, x.dtype), shapes)
 
     def _params(self, source: str, init: Callable[..., Any]) -> Params:
         boxed = jax.eval_shape(init, jax.random.key(0))
@@ -188,7 +194,8 @@ def _preference(config: preference.Config, context: Context, name: str) -> Itera
 def _ppo(config: ppo.Config, context: Context, name: str) -> Iterator[Program]:
     algorithm = ppo.Algorithm(config, context.spec, **ENDS)
     state = ppo.initial_state(algorithm, context, name)
-    yield from _on_policy(algorithm, state, context, name, state.policy, state.critic)
+    trained = [network for network in (state.policy, state.critic) if network is not None]
+    yield from _on_policy(algorithm, state, context, name, *trained)
 
 
 def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Program]:
@@ -197,16 +204,27 @@ def _policy(config: policy.Config, context: Context, name: str) -> Iterator[Prog
     yield from _on_policy(algorithm, state, context, name, state.policy)
 
 
+def _online_preference(config: online_preference.Config, context: Context, name: str) -> Iterator[Program]:
+    algorithm = online_preference.Algorithm(config, context.spec, **ENDS)
+    state = online_preference.initial_state(algorithm, context, name)
+    yield from _on_policy(algorithm, state, context, name, state.policy)
+
+
 def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: str, *trained: Any) -> Iterator[Program]:
     config = algorithm.config
     b, p, n = config.batch_size, config.prompt_length, config.completion_tokens
     if config.placement != Colocated():
         raise UserError(f"stages.{name}.placement: plan knows Colocated() without offload alone")
-    frozen = iterations.frozen(context, policy=config.policy, reward=config.reward, combine=config.combine)
+    frozen = iterations.frozen(context, policy=config.policy, reward=config.scored_by, combine=config.combine)
     if config.ptx is not None:
         frozen = dataclasses.replace(frozen, texts=context.replicated(pretraining_mix.shapes(config.ptx)))
+    if config.ewc is not None:
+        start = context.policy_params(config.policy)
+        frozen = dataclasses.replace(frozen, anchor=consolidation.Anchor(start, consolidation.shapes(start)))
     prompts = PromptBatch(_batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_))
     rollout = _rollout(context, b, p + n)
+    if config.truncate is not None:
+        rollout = rollout.replace(read_mask=rollout.completion_mask)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
     kept = _roles(frozen, *trained)
     cache = _cache_bytes(context, b, p + n)
@@ -220,6 +238,19 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
     calls = 2 * math.ceil(config.evaluation_prompts / b)  # before and after
     policy, sampling = frozen.policy(state.policy.params), config.evaluation_sampling or config.sampling
     yield _decode(context, name, "decode", policy, (b, p, n), sampling, calls)
+    judge = config.local_judge
+    if judge is not None:
+        asked = b * (config.copies - 1), 2 * config.evaluation_prompts  # an iteration, and the last policy at the end
+        calls = [math.ceil(questions / judge.batch_size) for questions in asked]
+        yield _judge(context, name, judge, config.steps * calls[0] + calls[1])
+
+
+def _judge(context: Context, stage: str, judge: LocalJudge, calls: int) -> Program:
+    """Questions to a model of the run."""
+    rows, params = (judge.batch_size, judge.length), context.policy(judge.model)
+    args = (params, _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_))
+    function, roles = judging_program(context.spec, 0, 1), {"parameters": params}
+    return Program(stage, "judge", function, args, roles, calls, math.prod(rows))
 
 
 def _decode(
@@ -240,12 +271,7 @@ def _ai_feedback(config: ai_feedback.Config, context: Context, name: str) -> Ite
     calls = math.ceil(config.prompts / (b // 2))
     yield _decode(context, name, "decode", context.policy(config.policy), sizes, config.sampling, calls)
     if isinstance(judge, LocalJudge):
-        rows, params = (judge.batch_size, judge.length), context.policy(judge.model)
-        args = (params, _batch(context, rows, jnp.int32), _batch(context, rows, jnp.bool_))
-        calls *= math.ceil(b / judge.batch_size)
-        yield Program(
-            name, "judge", judging_program(context.spec, 0, 1), args, {"parameters": params}, calls, math.prod(rows)
-        )
+        yield _judge(context, name, judge, calls * math.ceil(b / judge.batch_size))
 
 
 def _constitutional(config: constitutional.Config, context: Context, name: str) -> Iterator[Program]:
@@ -307,6 +333,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     ai_feedback.Config: _ai_feedback,
     constitutional.Config: _constitutional,
     policy.Config: _policy,
+    online_preference.Config: _online_preference,
     best_of_n.Config: _best_of_n,
     compare.Config: _compare,
     distill.Config: _distill,
@@ -326,8 +353,9 @@ def _roles(frozen: Any, *states: Any) -> dict[str, Any]:
 def _rollout(context: Context, b: int, t: int) -> Rollout:
     """What has been sampled, and scored by a function."""
     rows = functools.partial(_batch, context, (b, t))
-    scores = _batch(context, (b,), jnp.float32)
-    return Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32), scores=scores)
+    scores, written_at = (_batch(context, (b,), dtype) for dtype in (jnp.float32, jnp.int32))
+    made = Rollout(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), logps=rows(jnp.float32))
+    return made.replace(scores=scores, written_at=written_at)
 
 
 def _cache_bytes(context: Context, batch: int, length: int) -> int:

@@ -49,6 +49,7 @@ LABELS = {
     "ece": Label("calibration error (ECE)", "probability"),
     "entropy": Label("entropy", "nats per token"),
     "equal_groups": Label("groups of equal scores", "share"),
+    "ewc_penalty": Label("price of moved parameters (EWC)"),
     "explained_variance": Label("explained variance of returns", "share"),
     "external_accuracy": Label("accuracy on labelled sentences", "share"),
     "flipped": Label("verdicts that change with the order", "share"),
@@ -92,7 +93,10 @@ LABELS = {
     "members_accuracy": Label("mean accuracy of members", "share"),
     "members_auc": Label("mean area of members", "share"),
     "members_rmse": Label("mean error of members", "root of mean square"),
+    "network_score": Label("reward-model score beside a function's"),
     "no_eos": Label("completions without EOS", "share"),
+    "pairs": Label("pairs", "count"),
+    "pairs_tied": Label("pairs left out, as equally good", "count"),
     "policy_clipped": Label("policy ratios clipped", "share of tokens"),
     "policy_loss": Label("policy loss"),
     "ptx_loss": Label("loss on pretraining texts", "nats per token"),
@@ -148,6 +152,9 @@ LABELS = {
     "value_clipped": Label("values clipped", "share of tokens"),
     "value_loss": Label("value loss"),
     "values": Label("V before the data's tokens", "standard deviations of the score"),
+    "win_rate": Label("probability that the judge prefers the last policy's completion", "0.5 of a tie"),
+    "win_rate_low": Label("… its 95% interval from"),
+    "win_rate_high": Label("… to"),
     "weights_cut": Label("importance weights cut", "share of tokens"),
 }
 

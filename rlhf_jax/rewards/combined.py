@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_jax.rewards.lexical import Length, Rouge, Vader, check_finite
+from rlhf_jax.rewards.lexical import Length, Rouge, Sentiment, Vader, check_finite
 from rlhf_jax.rewards.mathematics import MathChecker
 from rlhf_jax.rewards.python import PythonReward
 from rlhf_jax.rewards.verifiers import AnswerChecker, PatternMatch
 
-Single = AnswerChecker | PatternMatch | MathChecker | Vader | Rouge | Length | PythonReward
+Single = AnswerChecker | PatternMatch | MathChecker | Sentiment | Vader | Rouge | Length | PythonReward
 """The rewards that are functions of texts, one by one."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from jaxtyping import Float
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.combined import Combined, Single
 
@@ -70,7 +71,8 @@ class HostReward:
 
     A call raises UserError, one line that names a prompt, where the function raises, takes longer than its `seconds`,
     ends its process, or returns anything but one finite number a completion. The prompt is one for which it fails
-    alone, found by halving the rows; where it fails for all of them only together, it is the first.
+    alone, found by halving the rows; where it fails for all of them only together, it is the first. Every process of
+    the run calls it with all rows; each scores its share of them.
     """
 
     def __init__(self, reward: RewardFunction, name: str) -> None:
@@ -86,6 +88,9 @@ class HostReward:
 
     def __call__(self, rows: Sequence[Texts]) -> Float[np.ndarray, " n"]:
         """One score a row, float32."""
+        return hosts.by_rows(self._scores, rows)
+
+    def _scores(self, rows: Sequence[Texts]) -> Float[np.ndarray, " n"]:
         if not rows:
             return np.zeros(0, np.float32)
         try:

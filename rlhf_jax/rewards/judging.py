@@ -5,8 +5,9 @@ Each pair is asked for in both orders and the two are averaged, as models favour
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rlhf_jax.numerics import require
 from rlhf_jax.rewards.endpoint import Answer, Endpoint, Question
@@ -67,6 +68,18 @@ class EndpointJudge:
 
 Judge = LocalJudge | EndpointJudge
 
+Ask = Callable[[Sequence[str]], list[float | None]]
+"""P(A) of each question; None where the answer is neither letter."""
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt, and by what they are judged."""
+
+    principle: str
+    prompt: str
+    first: str
+    second: str
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -76,6 +89,8 @@ class Verdict:
     """P(A) where the first completion stood as A; 0.5 where the answer was neither letter."""
     as_b: float
     """P(B) where it stood as B."""
+    unread: int = 0
+    """Answers, of the two, that were neither letter."""
 
     @property
     def probability(self) -> float:
@@ -86,6 +101,20 @@ class Verdict:
     def is_flipped(self) -> bool:
         """Whether the judge prefers a place to a completion."""
         return (self.as_a - 0.5) * (self.as_b - 0.5) < 0
+
+
+def verdicts(template: str, judge: Ask, pairs: Sequence[Pair]) -> list[Verdict]:
+    """What a judge makes of each pair."""
+    questions = [
+        ask(template, principle=pair.principle, prompt=pair.prompt, first=first, second=second)
+        for pair in pairs
+        for first, second in ((pair.first, pair.second), (pair.second, pair.first))
+    ]
+    answers = judge(questions)
+    return [
+        Verdict(0.5 if one is None else one, 0.5 if other is None else 1 - other, (one is None) + (other is None))
+        for one, other in zip(answers[::2], answers[1::2], strict=True)
+    ]
 
 
 def check_template(template: str) -> None:

@@ -5,12 +5,17 @@ Each is loaded by the process that rewards run in, which has no use for JAX: pac
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.verifiers import check_seconds
+
+if TYPE_CHECKING:
+    from rlhf_jax.rewards.sentiment import GoldClassifier
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,52 @@ class Vader:
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Nothing: any row will do."""
+
+
+@dataclass(frozen=True)
+class Sentiment:
+    """P(positive) of prompt and completion, in [0, 1], by a classifier of words fitted on the reviews that train.
+
+    It is the judge of the figures called gold (`rewards.sentiment.GoldClassifier`): learnt from, these are the reward.
+    """
+
+    reviews: MovieReviews = field(default_factory=MovieReviews)
+    """What it is fitted on, once: the result is kept in the user's cache folder."""
+    seconds: float = 30.0
+    """Longest time that a batch may take."""
+
+    def __post_init__(self) -> None:
+        check_seconds(self.seconds)
+
+    def prepare(self) -> None:
+        """Fit the classifier, or read what was fitted before."""
+        self._classifier(["good"])
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """One score a completion."""
+        del metadata
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return self._classifier(texts).tolist()
+
+    def check_inputs(self) -> None:
+        """Raise UserError where the reviews cannot be read."""
+        self.reviews.load()
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Nothing: any row will do."""
+
+    @property
+    def _classifier(self) -> "GoldClassifier":
+        return _classifier(self.reviews)
+
+
+@cache
+def _classifier(reviews: MovieReviews) -> "GoldClassifier":
+    from rlhf_jax.rewards.sentiment import GoldClassifier
+
+    return GoldClassifier.fit(reviews.load().train)
 
 
 @dataclass(frozen=True)

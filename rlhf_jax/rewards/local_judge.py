@@ -12,11 +12,8 @@ from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import ModelSpec
-from rlhf_jax.rewards.judging import LETTERS, LocalJudge
+from rlhf_jax.rewards.judging import LETTERS, Ask, LocalJudge
 from rlhf_jax.types import Params
-
-Ask = Callable[[Sequence[str]], list[float | None]]
-"""P(A) of each question; None where the answer is neither letter."""
 
 
 def local_judge(judge: LocalJudge, spec: ModelSpec, mesh: Mesh, tokenizer: Tokenizer, params: Params) -> Ask:

@@ -35,8 +35,8 @@ def generate(
 ) -> Rollout:
     """Sample a completion for each left-padded prompt: tokens, masks and the sampled tokens' log-probs.
 
-    A row ends with EOS, which its completion includes, or after `max_new_tokens`. `logps` hold the temperature, but not
-    top-k and top-p. What a row draws depends on the key, its index and the position alone, not on the other rows.
+    A row ends with EOS, its last token, where `sampling.ends`, or after `max_new_tokens`. `logps` hold the temperature,
+    but not top-k and top-p. What a row draws depends on the key, its index and the position alone, not on other rows.
     Rows of `greedy` take the most probable token each time. Of a `Perturbed` policy all this is of its own logits.
 
     On a mesh rows and weights lie as its `decode` says, and the rollout as a batch does.
@@ -70,7 +70,8 @@ def generate(
         mask = jax.lax.dynamic_update_slice(mask, alive[:, None], (0, p + t))
         logps = jax.lax.dynamic_update_slice(logps, logp[:, None], (0, p + t))
         states, cache = models.extend(spec, params, drawn[:, None], alive[:, None], cache)
-        return t + 1, alive & (drawn != eos_id), tokens, mask, logps, states[:, 0], cache
+        alive = alive & (drawn != eos_id) if sampling.ends else alive
+        return t + 1, alive, tokens, mask, logps, states[:, 0], cache
 
     tokens = jnp.full((b, length), pad_id, jnp.int32).at[:, :p].set(jnp.where(prompt_mask, prompts, pad_id))
     empty = jnp.zeros((b, length), bool), jnp.zeros((b, length), jnp.float32)

@@ -21,6 +21,9 @@ class Sampling:
     """Keeps the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keeps the fewest most probable tokens whose probabilities reach p (Holtzman et al. 2020); 1 keeps all."""
+    ends: bool = True
+    """Whether a completion ends with EOS. False: EOS is a token like any other, and every completion has the most
+    tokens that it may have (Ziegler et al. 2019)."""
 
     def __post_init__(self) -> None:
         require("sampling.temperature", self.temperature, "(0, inf)")

@@ -16,6 +16,7 @@ from rlhf_jax.algorithms import (
     distill,
     iterations,
     offline,
+    online_preference,
     onpolicy,
     policy,
     ppo,
@@ -26,11 +27,14 @@ from rlhf_jax.algorithms import (
     supervised,
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
+from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_methods import Weighted
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
+from rlhf_jax.algorithms.replay import Replay
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
@@ -44,7 +48,10 @@ from rlhf_jax.models.spec import Lora
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.plan import estimate, programs
 from rlhf_jax.rewards.ensemble import Ensemble
+from rlhf_jax.rewards.group_judge import JudgeReward
+from rlhf_jax.rewards.judging import LocalJudge
 from rlhf_jax.rewards.verifiers import PatternMatch
+from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import PreferenceBatch
 from tests.toys import ToyStage
@@ -162,6 +169,40 @@ def test_a_method_without_a_critic_has_its_programs():
         assert one.function.lower(*one.args) is not None
     ppo_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (of_ppo, one))
     assert own < 0.6 * ppo_bytes
+
+
+def test_ppos_details_have_their_programs():
+    """A critic on the policy's trunk has no optimiser of its own; older rollouts are split as a batch is."""
+    details = dataclasses.replace(
+        STAGES["ppo"], critic=onpolicy.SharedTrunk(), replay=Replay(rollouts=2), ewc=Consolidation(), average=0.9,
+        reward=PatternMatch("x"), network=NetworkPart(), truncate=Truncation(after=3),
+    )  # fmt: skip
+    mesh = sharding.make_mesh(MESHES[0])
+    found = programs.programs(experiment(stages={**STAGES, "details": details}), mesh)
+    by_name = {f"{one.stage}.{one.name}": one for one in found}
+    plain, learn = by_name["ppo.iteration"], by_name["details.learn"]
+    with sharding.scope(mesh):
+        assert learn.function.lower(*learn.args) is not None
+    plain_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (plain, learn))
+    assert own < 0.6 * plain_bytes
+    assert learn.args[0].older.tokens.sharding.shard_shape((128, 28)) == (16, 28)
+    fisher = jax.tree.leaves(learn.args[1].anchor.fisher)
+    assert sum(x.size for x in fisher) == sum(x.size for x in jax.tree.leaves(learn.args[1].reference))
+
+
+def test_online_pairs_that_a_model_of_the_run_judges():
+    judge = JudgeReward(LocalJudge("sft", length=48, batch_size=16))
+    sizes = {"prompt_tokens": (2, 7), "completion_tokens": 20, "batch_size": 64, "group_size": 4}
+    online = online_preference.Config(policy="sft", reward=judge, steps=5, evaluation_prompts=100, **sizes)
+    stages = {"sft": STAGES["sft"], "online": online}
+    _, *found = programs.programs(experiment(stages=stages), sharding.make_mesh(MESHES[0]))
+    assert {one.name: (one.calls, one.tokens) for one in found} == {
+        "sample": (5, 64 * 28), "learn": (5, 64 * 28), "decode": (2 * 2, 64 * 28),
+        "judge": (5 * 16 * 6 * 2 // 16 + 13, 16 * 48),  # six pairs a prompt in both orders; 200 questions at the end
+    }  # fmt: skip
+    with sharding.scope(sharding.make_mesh(MESHES[0])):
+        for one in found:
+            one.function.lower(*one.args)
 
 
 def test_stages_that_make_rows_sample_and_judge():

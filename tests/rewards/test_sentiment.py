@@ -1,13 +1,15 @@
 """The gold classifier: judges unseen sentences, is fitted once, and a damaged cache is no more than a lost one."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data.reviews import MovieReviews, Review
+from rlhf_jax.data.reviews import MovieReviews, Review, Reviews
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import sentiment
+from rlhf_jax.rewards.lexical import Sentiment
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 
 
@@ -121,3 +123,23 @@ def test_vader_reads_its_papers_examples():
     scores = vader(["VADER is smart, handsome, and funny.", "The book was good.", "Today SUX!", ""])
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, [0.8316, 0.4404, -0.5461, 0], atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewReviews(MovieReviews):
+    """Those of `toy`."""
+
+    def load(self):
+        return Reviews(tuple(toy()), (), ())
+
+
+def test_as_a_reward_it_reads_prompt_and_completion(cache, fits):
+    reward = Sentiment(FewReviews())
+    reward.check_inputs()
+    reward.prepare()
+    scores = reward(["a good", "a bad", "a"], [" fine film", " dull film", " film"], [{}] * 3)
+    wanted = GoldClassifier.fit(toy())(["a good fine film", "a bad dull film", "a film"])
+    assert scores == wanted.tolist() and scores[0] > 0.7 > scores[2] > 0.3 > scores[1]
+    assert len(fits) == 1
+    with pytest.raises(ValueError, match="seconds"):
+        Sentiment(seconds=0)

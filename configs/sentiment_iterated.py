@@ -1,0 +1,65 @@
+"""Iterated RLHF on movie reviews with the bundled LM: SFT → reward model → PPO, then two rounds of new pairs from the
+newest policy, a reward model trained anew on old and new pairs, and PPO against it.
+
+    rlhf-jax run configs/sentiment_iterated.py      (2 CPU cores, 20 minutes; gold 0.52 -> 0.83 -> 0.95 -> 0.99)
+
+These are the gold scores of the SFT policy and after each round. Each round's policy goes on from the one before, to
+which its KL is read, so that the whole way is longer than that; distinct-2 falls from 0.82 to 0.77, 0.66 and 0.61.
+"""
+
+from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms.iterated import iterated
+from rlhf_jax.config import Experiment
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.kl import FixedKL
+from rlhf_jax.optim import Optimizer
+
+
+def get_config() -> Experiment:
+    """A round is two stages: a reward model and its new pairs, and a policy that learns from it."""
+    return Experiment(
+        model=Bundled(),
+        data=MovieReviews(),
+        seed=0,
+        stages={
+            "sft": sft.Config(
+                steps=100,
+                batch_size=32,
+                evaluate_every=20,
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
+            ),
+            "reward_model": reward_model.Config(
+                init="sft",
+                pairs=reward_model.SampledPairs(
+                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
+                ),
+                steps=700,
+                batch_size=8,
+                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
+            ),
+            **iterated(
+                reward_model.Config(
+                    init="sft",
+                    pairs=reward_model.SampledPairs(prompts=400, heldout_prompts=200, completions=4),
+                    steps=400,
+                    batch_size=8,
+                    evaluate_every=200,
+                    optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
+                ),
+                ppo.Config(
+                    policy="sft",
+                    reward="reward_model",
+                    critic="reward_model",
+                    steps=8,
+                    batch_size=128,
+                    epochs=2,
+                    entropy_coef=0.015,
+                    kl=FixedKL(coef=0.2),
+                    optimizer=Optimizer(learning_rate=4e-4, schedule="linear"),
+                    critic_optimizer=Optimizer(learning_rate=3e-4),
+                ),
+                rounds=3,
+            ),
+        },
+    )

@@ -1,0 +1,36 @@
+"""Who says which of two completions is better: a model of the run, or one behind an endpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_jax import hosts
+from rlhf_jax.algorithms.context import Context
+from rlhf_jax.rewards.endpoint import Client
+from rlhf_jax.rewards.judging import Ask, EndpointJudge, Judge, read_answer
+from rlhf_jax.rewards.local_judge import local_judge
+
+
+class EndpointAsk:
+    """An endpoint as a judge: process 0 asks it, and keeps what it says in `<stage>/answers.jsonl`."""
+
+    def __init__(self, judge: EndpointJudge, cache: Path) -> None:
+        self._judge, self._client = judge, Client(judge.endpoint, cache)
+        self.costs = self._client.costs
+
+    def __call__(self, questions: Sequence[str]) -> list[float | None]:
+        """P(A) of each question."""
+        return hosts.from_writer(
+            lambda: [read_answer(answer) for answer in self._client([self._judge.question(text) for text in questions])]
+        )
+
+
+def of(judge: Judge, context: Context, name: str) -> Ask:
+    """A stage's judge; every process asks it the same questions."""
+    if isinstance(judge, EndpointJudge):
+        return EndpointAsk(judge, context.stage_dir(name) / "answers.jsonl")
+    return local_judge(judge, context.spec, context.mesh, context.tokenizer, context.policy(judge.model))
+
+
+def costs(ask: Ask) -> dict[str, float]:
+    """What an endpoint's answers have cost; nothing of a model of the run."""
+    return hosts.from_writer(ask.costs) if isinstance(ask, EndpointAsk) else {}

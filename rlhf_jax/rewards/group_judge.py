@@ -1,0 +1,53 @@
+"""A judge as a reward: what it makes of the completions of one prompt, pair by pair.
+
+Shapes: g prompts, k completions of each, beside each other.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from rlhf_jax.rewards.host import HostFunction, Texts
+from rlhf_jax.rewards.judging import Ask, Judge, LocalJudge, Pair, verdicts
+
+
+@dataclass(frozen=True)
+class JudgeReward:
+    """The mean probability that a completion is better than each other one of its prompt, as a judge says."""
+
+    judge: Judge = field(default_factory=LocalJudge)
+    """What judges them, each pair in both orders."""
+    principle: str = "Which of the two options answers the prompt better?"
+    """By what, in words."""
+
+
+Reward = HostFunction | JudgeReward
+"""What scores texts."""
+
+
+class GroupJudge:
+    """Scores of completions that stand in groups."""
+
+    def __init__(self, reward: JudgeReward, ask: Ask, *, size: int) -> None:
+        """`ask` is the judge, and `size` a group's; every process of the run asks it for all rows."""
+        self._reward, self.ask, self._size = reward, ask, size
+
+    def __call__(self, rows: Sequence[Texts]) -> Float[np.ndarray, " b"]:
+        """One score a row, in [0, 1]; those of a pair are p and 1 − p."""
+        k = self._size
+        groups = [rows[start : start + k] for start in range(0, len(rows), k)]
+        pairs = list(itertools.combinations(range(k), 2))
+        first = np.reshape(self.better([(own[i], own[j]) for own in groups for i, j in pairs]), (len(groups), -1))
+        scores = np.zeros((len(groups), k))
+        for (i, j), p in zip(pairs, first.T, strict=True):
+            scores[:, i] += p
+            scores[:, j] += 1 - p
+        return (scores / (k - 1)).reshape(-1).astype(np.float32)
+
+    def better(self, pairs: Sequence[tuple[Texts, Texts]]) -> Float[np.ndarray, " n"]:
+        """The probability of each pair's first completion to be the better one; 0.5 where the judge says nothing."""
+        asked = [Pair(self._reward.principle, one.prompt, one.completion, other.completion) for one, other in pairs]
+        return np.asarray([v.probability for v in verdicts(self._reward.judge.template, self.ask, asked)])
