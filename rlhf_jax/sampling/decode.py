@@ -41,8 +41,7 @@ def generate(
 
     On a mesh rows and weights lie as its `decode` says, and the rollout as a batch does.
     """
-    b, p = prompts.shape
-    length = p + max_new_tokens
+    (b, p), length = prompts.shape, prompts.shape[1] + max_new_tokens
     with decoding(prompts=True):
         policy = models.decoding_policy(spec, policy)
         params = models.transformer_of(policy)
