@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import offline, reward_model
 from rlhf_jax.algorithms.context import BASE, MAKERS, Context, Role, StageConfig
 from rlhf_jax.config import Experiment, from_dict
 from rlhf_jax.data.encoding import encode_group, encode_pair
@@ -25,6 +25,7 @@ from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.interop import Bundled, FromPretrained, Pretrained, Scratch, export, export_adapter
 from rlhf_jax.interop.json_tokenizer import JsonTokenizer
 from rlhf_jax.interop.tokenizers import Tokenizer
+from rlhf_jax.models import Policy
 from rlhf_jax.models.spec import DType
 from rlhf_jax.rewards.network import RewardNetwork
 from rlhf_jax.run import STAGES
@@ -112,9 +113,15 @@ def sample(
         sampling=sampling,
         batch_size=n,
     )
-    samples = sampler(context.policy(name), [tokens] * n, jax.random.key(seed))
+    samples = sampler(_sampled(run, name), [tokens] * n, jax.random.key(seed))
     completions = [{"text": tokenizer.decode(s.tokens), "ended": s.ended, "tokens": len(s.tokens)} for s in samples]
     return {"prompt": prompt, "stage": name, "completions": completions}
+
+
+def _sampled(run: Run, name: str) -> Policy:
+    """A stage's policy as it is meant to be sampled: ILQL's by its values too."""
+    stage = run.stages.get(name)
+    return offline.policy(stage, run.context, name) if isinstance(stage, offline.Config) else run.context.policy(name)
 
 
 def _chat_prompt(run: Run, prompt: str) -> list[int]:

@@ -27,6 +27,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     made_rows,
+    offline,
     online_preference,
     policy,
     ppo,
@@ -60,6 +61,7 @@ STAGES: dict[type, Callable[..., dict[str, Any]]] = {
     best_of_n.Config: best_of_n.train,
     compare.Config: compare.train,
     distill.Config: distill.train,
+    offline.Config: offline.train,
 }
 """What trains each kind of stage."""
 
@@ -265,11 +267,14 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
     """
     if hosts.from_writer(lambda: whole_json(stage_dir / "summary.json")) is None:
         return False
-    product = stage_dir / (made_rows.FOLDER if stage.produces == "rows" else "params")
-    wrong = checkpoint.damage(product)
-    if wrong is not None:
-        hosts.from_writer(lambda: set_aside(product, wrong))
-    return wrong is None
+    folders = [made_rows.FOLDER if stage.produces == "rows" else "params"]
+    if isinstance(stage, offline.Config) and stage.has_heads:
+        folders.append(offline.HEADS)
+    found = {folder: checkpoint.damage(stage_dir / folder) for folder in folders}
+    wrong = {folder: said for folder, said in found.items() if said is not None}
+    for folder, said in wrong.items():
+        hosts.from_writer(lambda folder=folder, said=said: set_aside(stage_dir / folder, said))
+    return not wrong
 
 
 @contextlib.contextmanager

@@ -9,17 +9,19 @@ from rlhf_jax import run
 from tests.faults import Faulty, at_step
 
 STEPS = {
-    "sft": 6, "reward_model": 6, "ppo": 4, "dpo": 6, "grpo": 4, "online": 4, "best": 0, "rejection": 4, "distilled": 4,
-    "beside": 0, "judged": 0, "revised": 0,
+    "sft": 6, "reward_model": 6, "ppo": 4, "dpo": 6, "grpo": 4, "online": 4, "best": 0, "rejection": 4, "ilql": 6,
+    "weighted": 4, "distilled": 4, "beside": 0, "judged": 0, "revised": 0,
 }  # fmt: skip
 CONFIG = '''"""A stage of each kind, of a tiny model from nothing."""
 
 from pathlib import Path
 
 from rlhf_jax.algorithms import (
-    ai_feedback, best_of_n, compare, constitutional, distill, online_preference, policy, ppo, preference, reward_model,
-    sft,
+    ai_feedback, best_of_n, compare, constitutional, distill, offline, online_preference, policy, ppo, preference,
+    reward_model, sft,
 )
+from rlhf_jax.algorithms.offline_ilql import Ilql
+from rlhf_jax.algorithms.offline_methods import Weighted
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.sources import FromStage, Jsonl
 from rlhf_jax.interop.pretrained import Scratch
@@ -35,6 +37,7 @@ def get_config():
     written = {"completion_tokens": 12, "batch_size": 8, "evaluation_prompts": 16}
     on_policy = {**written, "steps": 4, "checkpoint_every": 2, "exact_kl_rows": 8}
     supervised = {"row_length": 32, "batch_size": 8, "heldout_rows": 8, "checkpoint_every": 2}
+    scored = {**supervised, "data": FromStage("best"), "evaluation_prompts": 16, "completion_tokens": 12}
     stages = {
         "sft": sft.Config(steps=6, data=sft.Openings(completion_tokens=12), **supervised),
         "reward_model": reward_model.Config(pairs=pairs, length=21, steps=6, batch_size=8, checkpoint_every=2),
@@ -45,6 +48,8 @@ def get_config():
         "online": online_preference.Config(minibatches=2, **on_policy),
         "best": best_of_n.Config(n=4, prompts=16, **written),
         "rejection": sft.Config(init="sft", data=FromStage("best"), steps=4, **supervised),
+        "ilql": offline.Config(method=Ilql(curve=(0.0,)), steps=6, **scored),
+        "weighted": offline.Config(method=Weighted(), steps=4, **scored),
         "distilled": distill.Config(student="sft", teacher="ppo", steps=4, checkpoint_every=2, **written),
         "beside": compare.Config(policy="dpo", **written),
         "judged": ai_feedback.Config(judge=LocalJudge(length=300, batch_size=8), principles=("The kinder one.",),

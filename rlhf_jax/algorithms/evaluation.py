@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.policy import Cut, Judge, PolicyEvaluation, Row, Scorer
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.rewards.with_network import NetworkPart
@@ -75,7 +76,7 @@ def evaluate(
     drawing: Drawing,
     context: Context,
     name: str,
-    policies: Sequence[Params],
+    policies: Sequence[Policy],
     *,
     prompts: Sequence[PromptRow],
     reference: Params,
@@ -98,4 +99,4 @@ def evaluate(
         cut=cut,
         network=network,
     )
-    return [read(params, reference) for params in policies]
+    return [read(policy, reference) for policy in policies]

@@ -27,13 +27,11 @@ from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.preference_heldout import HeldOut
 from rlhf_jax.algorithms.preference_losses import Term
 from rlhf_jax.algorithms.preference_objectives import beside, number, pair_loss, shifted, thumb_loss
-from rlhf_jax.algorithms.prompting import heldout_openings
+from rlhf_jax.algorithms.prompting import heldout_openings, prompts_of
 from rlhf_jax.algorithms.reference import CompletionLogps, Sync, completion_logps, with_reference
 from rlhf_jax.algorithms.thumbs import Thumbs
 from rlhf_jax.data.preference_batches import batch_groups, batch_thumbs, batches
-from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data, Source
-from rlhf_jax.data.text import fitted
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import compare, write_samples
 from rlhf_jax.losses import RewardShift
@@ -276,9 +274,8 @@ def written(config: Config, context: Context, name: str, heldout: Sequence[Any],
     else:
         room = config.length - config.completion_tokens
         drawing, judges = Drawing(room, config.completion_tokens, config.sampling, config.batch_size), {}
-        several = dict.fromkeys(tuple(fitted(row.prompt_tokens, (), length=room)[0]) for row in heldout)
-        some = list(several)[: config.evaluation_prompts]
-        prompts = [PromptRow(tokens, context.tokenizer.decode(list(tokens)), {}) for tokens in some]
+        tokens = [row.prompt_tokens for row in heldout]
+        prompts = prompts_of(tokens, context.tokenizer, length=room, count=config.evaluation_prompts)
     first = context.policy(config.init)
     policies = first, lora.merge(context.base, last)
     before, after = evaluate(

@@ -12,8 +12,10 @@ from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reading import read
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.sources import Data, Source
+from rlhf_jax.data.text import fitted
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
+from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.sampling import Sampling
 
 
@@ -125,3 +127,9 @@ def prompt_batches(rows: Sequence[PromptRow], config: Prompting, context: Contex
         seed=context.seed,
         copies=config.copies,
     )
+
+
+def prompts_of(rows: Sequence[Sequence[int]], tokenizer: Tokenizer, *, length: int, count: int) -> list[PromptRow]:
+    """The first `count` distinct prompts of rows in tokens, each in at most `length`, its first token always left."""
+    several = dict.fromkeys(tuple(fitted(tokens, (), length=length)[0]) for tokens in rows)
+    return [PromptRow(tokens, tokenizer.decode(list(tokens)), {}) for tokens in list(several)[:count]]

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import grain
 import jax
-from jaxtyping import Array
 
 from rlhf_jax import guard, losses, models, sharding
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive
@@ -22,7 +22,7 @@ from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.models.heads import box
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.train_step import Step, compiled, make_train_step, sharded_state
-from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params, TrainState
+from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, TrainState
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,34 @@ def fit(
     The batches are of this process's rows. `heldout` gives batches too, whole ones; as many as make up `heldout_rows`
     are taken. The note, on the data, is printed.
     """
-    mesh = context.mesh
-    state, step_fn = start(config, context, name, params)
-    some = itertools.islice(heldout, config.heldout_rows // config.batch_size)
-    loss_fn = language_model_loss(context.spec, balance=False)
-    heldout_loss = _heldout_loss(loss_fn, context.base, [sharding.shard_batch(mesh, batch) for batch in some])
-    share, shards = config.optimizer.share(config.steps), sharding.process_shard(mesh).count
+    means = heldout_means(config, context, language_model_loss(context.spec, balance=False), heldout)
 
+    def figures(state: TrainState) -> Metrics:
+        return means(lora.merge(context.base, state.params))
+
+    begin = partial(start, config, context, name, params)
+    state, found = take_steps(config, context, name, begin, batches, figures, note=note)
+    finish(context, name, state.params)
+    return state.params, found
+
+
+def take_steps(
+    config: SupervisedConfig,
+    context: Context,
+    name: str,
+    begin: Callable[[], tuple[Any, Step]],
+    batches: grain.DatasetIterator,
+    heldout: Callable[[Any], Metrics],
+    *,
+    note: str,
+) -> tuple[Any, dict[str, float]]:
+    """The steps from the newest checkpoint on: the last state and the stage's figures, those of `heldout` among them.
+
+    `begin` makes the state that training starts from, and its step. Batches have a `loss_mask`. `heldout` of a state is
+    read as often as the config says.
+    """
+    mesh, (state, step_fn) = context.mesh, begin()
+    share, shards = config.optimizer.share(config.steps), sharding.process_shard(mesh).count
     with (
         Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop,
         sharding.scope(mesh),
@@ -151,23 +172,30 @@ def fit(
             state, metrics = step_fn(state, sharding.local_batch(mesh, batch), context.base)
             metrics["learning_rate"] = config.optimizer.learning_rate * share(step - 1)
             if step % config.evaluate_every == 0 or step == config.steps:
-                metrics["heldout_loss"] = heldout_loss(state.params)
+                metrics |= heldout(state)
             loop.record(state, metrics, tokens=batch.loss_mask.sum() * shards)
-        figures = {"heldout_loss": float(heldout_loss(state.params)), "steps": config.steps, **guard.figures(state)}
-    finish(context, name, state.params)
-    return state.params, figures
+        figures = {name: float(value) for name, value in heldout(state).items()}
+    return state, {**figures, "steps": config.steps, **guard.figures(state)}
 
 
-def _heldout_loss(loss_fn: LossFn, base: Params, batches: list[PackedBatch]) -> Callable[[Params], Array]:
+def heldout_means(
+    config: SupervisedConfig, context: Context, loss_fn: LossFn, batches: Iterator[Any]
+) -> Callable[[Params], Metrics]:
+    """Whole parameters to "heldout_loss", and the loss's metrics so named: means over the first `heldout_rows` rows of
+    the batches.
+    """
+    some = itertools.islice(batches, config.heldout_rows // config.batch_size)
+    held = [sharding.shard_batch(context.mesh, batch) for batch in some]
+
     @jax.jit
-    def one(params: Params, batch: PackedBatch) -> Mean:
-        return loss_fn(params, batch, {}, jax.random.key(0))[0]
+    def one(params: Params, batch: Any) -> dict[str, Mean]:
+        loss, metrics = loss_fn(params, batch, {}, jax.random.key(0))
+        return {"loss": loss, **metrics}
 
-    def mean(params: Params) -> Array:
-        whole = lora.merge(base, params)
-        total = one(whole, batches[0])
-        for batch in batches[1:]:
-            total += one(whole, batch)
-        return total.value
+    def means(params: Params) -> Metrics:
+        total = one(params, held[0])
+        for batch in held[1:]:
+            total = {name: mean + total[name] for name, mean in one(params, batch).items()}
+        return {f"heldout_{name}": mean.value for name, mean in total.items()}
 
-    return mean
+    return means

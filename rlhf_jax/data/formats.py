@@ -108,6 +108,14 @@ class Rated:
 
 
 @dataclass(frozen=True)
+class Valued:
+    """A completion to learn from, and the score that it was given."""
+
+    example: Example
+    score: float
+
+
+@dataclass(frozen=True)
 class Stepwise:
     """A solution in steps, each right or wrong; None for a step that nobody judged."""
 
@@ -279,6 +287,18 @@ def votes(row: Fields) -> Votes:
 def rated(row: Fields) -> Rated:
     """Of prompt, completion and rating."""
     return Rated(_prompt(row)[0], row.text("completion"), row.number("rating"), row.annotator)
+
+
+def valued(row: Fields) -> Valued:
+    """Of what `example` reads but a text alone, and score, rating, or label, which counts as 1 or 0."""
+    if not any(name in row for name in ("completion", "completion_tokens", "messages")):
+        raise row.error(f"expected 'prompt' and 'completion', or 'messages', with a score; the row has {row.names}")
+    for name in ("score", "rating"):
+        if name in row:
+            return Valued(example(row), row.number(name))
+    if "label" in row:
+        return Valued(example(row), float(row.label("label")))
+    raise row.error(f"expected 'score', 'rating' or 'label' beside the completion; the row has {row.names}")
 
 
 def level(row: Fields) -> Rated:

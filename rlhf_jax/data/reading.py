@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_jax.data import formats
 from rlhf_jax.data.fields import Fields
-from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb, Votes
+from rlhf_jax.data.formats import Example, Pair, Prompt, Ranked, Rated, Scored, Stepwise, Text, Thumb, Valued, Votes
 from rlhf_jax.data.hf_files import HuggingFaceTable
 from rlhf_jax.data.sources import TFDS, FromStage, HuggingFace, Jsonl, Mixture, Source, describe
 from rlhf_jax.data.splits import Span, overlap, resolve
@@ -235,6 +235,8 @@ def _unique(rows: list[T]) -> tuple[list[T], int]:
 
 def _key(row: Any) -> bytes:
     """What must not be in both splits: the row, or a prompt, whatever else its row says."""
+    if isinstance(row, Valued) and row.example.prompt:
+        return _digest(row.example.prompt)
     return _digest((row.prompt, row.messages) if isinstance(row, Prompt) else row)
 
 

@@ -17,7 +17,7 @@ from rlhf_jax.evals.text import distinct_n, equal_tokens
 from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.logprobs import token_logps
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, Policy
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.host import Texts
@@ -81,7 +81,7 @@ class PolicyEvaluation:
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
         self._part, self._network = (None, self._network) if network is None else network
 
-        def readings(params: Params, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
+        def readings(policy: Policy, reference: Params | None, network: Params, rollout: Rollout) -> dict[str, Array]:
             read = rollout.prompt_mask | rollout.read
             scores = read_reward(spec, network, ensemble, rollout.tokens, read) if network else {}
             if reference is None:
@@ -89,22 +89,22 @@ class PolicyEvaluation:
             ref_logps = rollout_logps(spec, reference, rollout, temperature=temperature)
             logps = rollout.logps
             if sampler.sampling.temperature != temperature:
-                logps = rollout_logps(spec, params, rollout, temperature=temperature)
+                logps = rollout_logps(spec, policy, rollout, temperature=temperature)
             return {"kl": (logps - ref_logps).sum(-1), **scores}
 
         self._readings = jax.jit(readings)
 
-    def __call__(self, params: Params, reference: Params) -> list[Row]:
+    def __call__(self, policy: Policy, reference: Params) -> list[Row]:
         """A row a prompt, in the prompts' order."""
-        return self.read(params, reference, self._prompts, self._key)
+        return self.read(policy, reference, self._prompts, self._key)
 
-    def read(self, params: Params, reference: Params | None, prompts: Sequence[PromptRow], key: Key) -> list[Row]:
+    def read(self, policy: Policy, reference: Params | None, prompts: Sequence[PromptRow], key: Key) -> list[Row]:
         """The same of other prompts, with another key; without a reference no KL is read."""
         rows: list[Row] = []
-        for rollout, count in self._sampler.rollouts(params, [list(p.tokens) for p in prompts], key):
+        for rollout, count in self._sampler.rollouts(policy, [list(p.tokens) for p in prompts], key):
             with sharding.scope(self._mesh):
                 rollout = self._cut(rollout)
-                readings = hosts.fetch(self._readings(params, reference, self._network, rollout))
+                readings = hosts.fetch(self._readings(policy, reference, self._network, rollout))
             host, first = hosts.fetch(rollout), len(rows)
             for i in range(count):
                 tokens = tuple(host.tokens[i][host.completion_mask[i]].tolist())
@@ -135,10 +135,10 @@ class PolicyEvaluation:
             row.readings[name] = float(value)
 
 
-def rollout_logps(spec: ModelSpec, params: Params, rollout: Rollout, *, temperature: float) -> Float[Array, "b t"]:
-    """Log-probs of a rollout's completion tokens under any parameters; 0 elsewhere."""
-    states = models.hidden(spec, params, rollout.tokens, rollout.mask)
-    logits = models.unembed(spec, params, states[:, :-1])
+def rollout_logps(spec: ModelSpec, policy: Policy, rollout: Rollout, *, temperature: float) -> Float[Array, "b t"]:
+    """Log-probs of a rollout's completion tokens under any policy; 0 elsewhere."""
+    states = models.hidden(spec, models.transformer_of(policy), rollout.tokens, rollout.mask)
+    logits = models.policy_logits(spec, policy, states[:, :-1])
     logps = token_logps(logits, rollout.tokens[:, 1:], temperature=temperature)
     return masking.keep(jax.numpy.pad(logps, ((0, 0), (1, 0))), rollout.completion_mask)
 

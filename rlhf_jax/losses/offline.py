@@ -93,17 +93,19 @@ def ilql(
     gamma: Scalar = 0.99,
     tau: Scalar = 0.7,
     cql_coef: Scalar = 0.1,
+    lam: Scalar = 0.0,
 ) -> tuple[Float[Array, "*b t"], dict[str, Float[Array, "*b t"]]]:
     """The loss of Q and V: regression on the Bellman target, an expectile, and the conservative term.
 
         Σ_h (Q_h(s, a) − sg[r + γ V(s')])²  +  |τ − 1(u < 0)| u²  +  cql_coef Σ_h (log Σ_a' exp Q_h(s, a') − Q_h(s, a))
 
     with u = sg[min_h Q̂_h(s, a)] − V(s). Snell et al. 2022 (ILQL), section 4. `target_q_values` Q̂ come from a slow
-    copy of the heads; two of them are usual. The policy has no part in it: train it by `supervised.cross_entropy` (trlx
-    instead weighs that by exp(β u), which `weighted_cross_entropy` does), and sample from `perturbed_logits`. Defaults
-    are trlx's; the paper's depend on the task. Loss and diagnostics are 0 outside the mask. Diagnostics: `q_loss`,
-    `v_loss` and `cql_loss` before its coefficient, and `advantage` u. Raises ValueError if gamma is outside [0, 1], tau
-    outside (0, 1) or cql_coef < 0.
+    copy of the heads; two of them are usual. With `lam` Q learns λ-returns (`advantages.gae`) in place of r + γ V(s'):
+    at 1 what the sequence got, so that Q is that of the policy that wrote it. The policy has no part in it: train it by
+    `supervised.cross_entropy` (trlx instead weighs that by exp(β u), which `weighted_cross_entropy` does), and sample
+    from `perturbed_logits`. Defaults are trlx's; the paper's depend on the task. Loss and diagnostics are 0 outside the
+    mask. Diagnostics: `q_loss`, `v_loss` and `cql_loss` before its coefficient, and `advantage` u. Raises ValueError if
+    gamma or lam is outside [0, 1], tau outside (0, 1) or cql_coef < 0.
 
     >>> zeros, reward = jnp.zeros((1, 2, 2)), jnp.array([3.0])  # one token, two heads, a vocabulary of two
     >>> ilql(zeros, zeros, jnp.array([1.0]), reward, jnp.array([0]), jnp.array([True]), cql_coef=0.0)[0]
@@ -115,7 +117,8 @@ def ilql(
     q, target_q = (jnp.where(kept[..., None, None], as_float(x), 0) for x in (q_values, target_q_values))
     taken, target_taken = (jnp.take_along_axis(x, actions[..., None, None], -1)[..., 0] for x in (q, target_q))
     still = jax.lax.stop_gradient
-    q_loss, _ = q_regression(taken, bellman_targets(rewards, still(as_float(values)), mask, gamma=gamma))
+    targets = gae(rewards, still(as_float(values)), mask, gamma=gamma, lam=lam)[1]
+    q_loss, _ = q_regression(taken, targets)
     v_loss, diagnostics = expectile(keep(values, mask), still(target_taken.min(-1)), tau=tau)
     cql_loss = conservative(q, jnp.broadcast_to(actions[..., None], q.shape[:-1]))[0].sum(-1)
     terms = {"q_loss": q_loss, "v_loss": v_loss, "cql_loss": cql_loss, **diagnostics}

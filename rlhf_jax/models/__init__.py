@@ -1,14 +1,17 @@
 """Networks as pure functions of (spec, params, tokens, ...)."""
 
-from rlhf_jax.models.decoding import decoding_weights
+from rlhf_jax.models.decoding import decoding_policy
 from rlhf_jax.models.heads import init_with_head, read_head, score, scores_at, values
+from rlhf_jax.models.perturbed import Perturbed, Policy, policy_logits, transformer_of
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.models.transformer import Cache, extend, hidden, hidden_and_routing, init, init_cache, logits, unembed
 
 __all__ = [
     "Cache",
     "ModelSpec",
-    "decoding_weights",
+    "Perturbed",
+    "Policy",
+    "decoding_policy",
     "extend",
     "hidden",
     "hidden_and_routing",
@@ -16,9 +19,11 @@ __all__ = [
     "init_cache",
     "init_with_head",
     "logits",
+    "policy_logits",
     "read_head",
     "score",
     "scores_at",
+    "transformer_of",
     "unembed",
     "values",
 ]

@@ -7,9 +7,18 @@ import jax
 
 from rlhf_jax import sharding
 from rlhf_jax.models import quantized, transformer
+from rlhf_jax.models.perturbed import HEAD_AXES, Perturbed, Policy
 from rlhf_jax.models.quantized import Quantized
 from rlhf_jax.models.spec import PROJECTIONS, ModelSpec
 from rlhf_jax.types import Params
+
+
+def decoding_policy(spec: ModelSpec, policy: Policy) -> Policy:
+    """`decoding_weights` of a policy, and its heads, where it has some, by the same rules."""
+    if not isinstance(policy, Perturbed):
+        return decoding_weights(spec, policy)
+    heads = jax.tree.map(lambda leaf, axes: sharding.constrain(leaf, *axes), policy.heads, HEAD_AXES)
+    return policy.replace(transformer=decoding_weights(spec, policy.transformer), heads=heads)
 
 
 def decoding_weights(spec: ModelSpec, params: Params) -> Params:

@@ -22,6 +22,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     iterations,
+    offline,
     online_preference,
     policy,
     ppo,
@@ -34,6 +35,8 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
+from rlhf_jax.algorithms.offline_ilql import Ilql
+from rlhf_jax.algorithms.offline_rows import OfflineBatch
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
@@ -306,6 +309,21 @@ def _distill(config: distill.Config, context: Context, name: str) -> Iterator[Pr
     yield _decode(context, name, "decode", teacher, (b, p, n), config.sampling, calls)
 
 
+def _offline(config: offline.Config, context: Context, name: str) -> Iterator[Program]:
+    state, step = offline.start(config, context, name)
+    rows = functools.partial(_batch, context, (config.batch_size, config.row_length))
+    numbers = _batch(context, (config.batch_size,), jnp.float32)
+    batch = OfflineBatch(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_), numbers)
+    args, tokens = (state, batch, context.base), config.batch_size * config.row_length
+    trained, slow = (state.learner, state.target) if isinstance(config.method, Ilql) else (state, {})
+    yield Program(name, "train", step, args, _roles((context.base, slow), trained), config.steps, tokens)
+    sizes = (config.batch_size, config.prompt_length, config.completion_tokens)
+    policies = config.method.policies(state, context.base)
+    calls = (1 + len(policies)) * math.ceil(config.evaluation_prompts / config.batch_size)
+    last = list(policies.values())[-1]
+    yield _decode(context, name, "decode", last, sizes, config.sampling, calls)
+
+
 BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     pretrain.Config: _supervised,
     sft.Config: _supervised,
@@ -319,6 +337,7 @@ BUILDERS: dict[type, Callable[..., Iterator[Program]]] = {
     best_of_n.Config: _best_of_n,
     compare.Config: _compare,
     distill.Config: _distill,
+    offline.Config: _offline,
 }
 """What makes the programs of each kind of stage."""
 

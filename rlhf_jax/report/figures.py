@@ -32,7 +32,7 @@ def stage_panels(stage: Stage) -> list[Panel]:
     makers: Sequence[Callable[[Stage], Panel | None]] = (
         loss, accuracy, path, frontier("score"), frontier("gold"), before_after("score"), before_after("gold"),
         before_after("vader"), before_after("length"), length_by_step, score_by_length, reliability, margins,
-        heldout_score_by_length, best_of_n,
+        heldout_score_by_length, best_of_n, by_beta,
     )  # fmt: skip
     return [made for made in (make(stage) for make in makers) if made is not None]
 
@@ -310,8 +310,19 @@ def margins(stage: Stage) -> Panel | None:
 
 def best_of_n(stage: Stage) -> Panel | None:
     """What the best of n completions is worth against its KL, with 95% intervals over prompts."""
-    points = stage.evaluation.get("best_of_n") or []
-    curves = {name: columns_of(points, "n", "kl", name, f"{name}_low", f"{name}_high") for name in ("score", "gold")}
+    texts = "The best of n completions", "KL of the best of n", "an n"
+    return _worth(stage, "best_of_n", ("n", "kl"), *texts)
+
+
+def by_beta(stage: Stage) -> Panel | None:
+    """What decoding by values is worth at each β, with 95% intervals over prompts."""
+    texts = "Decoding by log π + β (Q − V)", "KL to the policy at the start", "a β"
+    return _worth(stage, "betas", ("beta", "seq_kl"), *texts)
+
+
+def _worth(stage: Stage, key: str, columns: tuple[str, str], title: str, axis: str, dot: str) -> Panel | None:
+    points = stage.evaluation.get(key) or []
+    curves = {name: columns_of(points, *columns, name, f"{name}_low", f"{name}_high") for name in ("score", "gold")}
     curves = {name: columns for name, columns in curves.items() if columns.shape[1]}
     if not curves:
         return None
@@ -321,14 +332,14 @@ def best_of_n(stage: Stage) -> Panel | None:
         errors = np.clip([values - low, high - values], 0, None)
         ax.errorbar(kl, values, errors, color=PALETTE[name], linewidth=1.2, marker="o", markersize=4, elinewidth=0.9)
         for n, x, y in zip(counts, kl, values, strict=True):
-            ax.annotate(f"{n:.0f}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=INK)
+            ax.annotate(f"{n:g}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=INK)
         ax.margins(x=0.06, y=0.12)
         canvas.name_axes(ax, None, label(name).axis.replace(" (", "\n("))
         ends.append(f"{name} from {values[0]:.3f} to {values[-1]:.3f}")
-    canvas.name_axes(axes[-1], "KL of the best of n (nats per sequence)", None)
+    canvas.name_axes(axes[-1], f"{axis} (nats per sequence)", None)
     figure.align_ylabels(axes)
-    caption = f"Each dot an n, with its 95% interval over held-out prompts: {', '.join(ends)}."
-    return Panel("best-of-n", "The best of n completions", caption, figure)
+    caption = f"Each dot {dot}, with its 95% interval over held-out prompts: {', '.join(ends)}."
+    return Panel(key.replace("_", "-"), title, caption, figure)
 
 
 def readme_figure(workdirs: Sequence[Path], path: Path) -> None:

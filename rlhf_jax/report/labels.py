@@ -21,6 +21,7 @@ LABELS = {
     "accuracy_low": Label("… its 95% interval from", "share"),
     "accuracy_high": Label("… to", "share"),
     "accuracy_baseline": Label("… of a constant", "share"),
+    "advantage": Label("min Q − V of the data's tokens", "standard deviations of the score"),
     "agreement": Label("pairs judged as the gold score does", "share"),
     "agreement_low": Label("… its 95% interval from", "share"),
     "agreement_high": Label("… to", "share"),
@@ -39,6 +40,7 @@ LABELS = {
     "chosen_reward": Label("implicit reward of chosen completions", "nats times β"),
     "confidence": Label("judge's mean probability of its choice", "probability"),
     "correlation": Label("correlation of score and rating"),
+    "cql_loss": Label("conservative term of Q", "nats a head"),
     "critic_grad_norm": Label("gradient norm, critic"),
     "delta": Label("reward shift δ", "nats times β"),
     "desirable_reward": Label("implicit reward of liked completions", "nats times β"),
@@ -98,6 +100,7 @@ LABELS = {
     "policy_clipped": Label("policy ratios clipped", "share of tokens"),
     "policy_loss": Label("policy loss"),
     "ptx_loss": Label("loss on pretraining texts", "nats per token"),
+    "q_loss": Label("error of Q, squared, all heads"),
     "ratio_deviation": Label("largest |ratio − 1| before update"),
     "rejected_logps": Label("log-prob of rejected completions", "nats per completion"),
     "rejected_reward": Label("implicit reward of rejected completions", "nats times β"),
@@ -110,6 +113,7 @@ LABELS = {
     "rows_dropped": Label("rows dropped", "count"),
     "rows_heldout": Label("rows held out", "count"),
     "rows_kept": Label("rows kept", "count"),
+    "rows_learnt": Label("rows learnt from", "count"),
     "rows_merged": Label("rows merged, standing twice", "count"),
     "rows_train": Label("rows to train on", "count"),
     "same_choice": Label("student and teacher prefer the same token", "share"),
@@ -140,12 +144,14 @@ LABELS = {
     "tokens_per_second": Label("speed", "tokens per second"),
     "uncertainty": Label("standard deviation among an ensemble's members", "score"),
     "undesirable_reward": Label("implicit reward of completions not liked", "nats times β"),
+    "v_loss": Label("expectile error of V, squared"),
     "vader": Label("VADER", "compound, −1 to 1"),
     "vader_after_low": Label("VADER after, 95% interval from", "compound, −1 to 1"),
     "vader_after_high": Label("… to", "compound, −1 to 1"),
     "vader_teacher": Label("VADER of the teacher", "compound, −1 to 1"),
     "value_clipped": Label("values clipped", "share of tokens"),
     "value_loss": Label("value loss"),
+    "values": Label("V before the data's tokens", "standard deviations of the score"),
     "win_rate": Label("probability that the judge prefers the last policy's completion", "0.5 of a tie"),
     "win_rate_low": Label("… its 95% interval from"),
     "win_rate_high": Label("… to"),
@@ -162,5 +168,14 @@ JUDGED = {
 
 
 def label(name: str) -> Label:
-    """The label of a metric; one without an entry is called by its own name."""
+    """The label of a metric; one without an entry is called by its own name.
+
+    What was read held out, or at one of ILQL's β, is named by what it is a reading of.
+    """
+    base, at_beta, beta = name.partition("_at_beta_")
+    if at_beta:
+        return Label(f"{label(base).title} at β = {beta}", label(base).unit)
+    held = name.removeprefix("heldout_")
+    if name not in LABELS and held != name and held in LABELS:
+        return Label(f"held-out {LABELS[held].title}", LABELS[held].unit)
     return LABELS.get(name, Label(name))

@@ -10,10 +10,10 @@ from jaxtyping import Array
 from rlhf_jax import hosts, sharding
 from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.interop.tokenizers import Tokenizer
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, Policy
 from rlhf_jax.sampling.decode import generate
 from rlhf_jax.sampling.transforms import Sampling
-from rlhf_jax.types import Key, Params, Rollout
+from rlhf_jax.types import Key, Rollout
 
 
 class Sample(NamedTuple):
@@ -26,12 +26,12 @@ class Sample(NamedTuple):
 
 def sampling_program(
     spec: ModelSpec, *, max_new_tokens: int, sampling: Sampling, eos_id: int, pad_id: int
-) -> Callable[[Params, Array, Array, Key], Rollout]:
-    """`generate`, compiled, of (params, prompts [b, p], prompt_mask [b, p], key)."""
+) -> Callable[[Policy, Array, Array, Key], Rollout]:
+    """`generate`, compiled, of (policy, prompts [b, p], prompt_mask [b, p], key)."""
 
-    def program(params: Params, tokens: Array, mask: Array, key: Key) -> Rollout:
+    def program(policy: Policy, tokens: Array, mask: Array, key: Key) -> Rollout:
         return generate(
-            *(spec, params, tokens, mask, key),
+            *(spec, policy, tokens, mask, key),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             eos_id=eos_id,
@@ -63,7 +63,7 @@ class Sampler:
         ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
         self._generate = sampling_program(spec, max_new_tokens=max_new_tokens, sampling=sampling, **ends)
 
-    def rollouts(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[tuple[Rollout, int]]:
+    def rollouts(self, policy: Policy, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[tuple[Rollout, int]]:
         """Rollouts of whole batches on the device, each with how many of its rows are real; the others repeat one."""
         for index, start in enumerate(range(0, len(prompts), self._batch_size)):
             part = list(prompts[start : start + self._batch_size])
@@ -71,12 +71,12 @@ class Sampler:
             batch = pad_left(filled, length=self._prompt_length, pad_id=self._tokenizer.pad_id)
             with sharding.scope(self._mesh):
                 tokens, mask = sharding.shard_batch(self._mesh, batch)
-                rollout = self._generate(params, tokens, mask, jax.random.fold_in(key, index))
+                rollout = self._generate(policy, tokens, mask, jax.random.fold_in(key, index))
             yield rollout, len(part)
 
-    def batches(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[list[Sample]]:
+    def batches(self, policy: Policy, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[list[Sample]]:
         """One completion a prompt, in order, a batch at a time."""
-        for index, (rollout, count) in enumerate(self.rollouts(params, prompts, key)):
+        for index, (rollout, count) in enumerate(self.rollouts(policy, prompts, key)):
             tokens, mask = hosts.fetch((rollout.tokens, rollout.completion_mask))
             start = index * self._batch_size
             completions = [tokens[row][mask[row]].tolist() for row in range(count)]
@@ -85,6 +85,6 @@ class Sampler:
                 for row, completion in enumerate(completions)
             ]
 
-    def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: Key) -> list[Sample]:
+    def __call__(self, policy: Policy, prompts: Sequence[Sequence[int]], key: Key) -> list[Sample]:
         """One completion a prompt, in order."""
-        return [sample for batch in self.batches(params, prompts, key) for sample in batch]
+        return [sample for batch in self.batches(policy, prompts, key) for sample in batch]

@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
 from rlhf_jax.logprobs import token_logps
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import ModelSpec, Policy
 from rlhf_jax.sampling.transforms import Sampling, draw_token, transform_logits
 from rlhf_jax.sharding import constrain, decoding
-from rlhf_jax.types import ArrayLike, Key, Params, Rollout
+from rlhf_jax.types import ArrayLike, Key, Rollout
 
 CACHE_AXES = (None, "batch", None, "kv", None)
 """Logical names of the axes of a cache's keys and values."""
@@ -22,7 +22,7 @@ CACHE_AXES = (None, "batch", None, "kv", None)
 
 def generate(
     spec: ModelSpec,
-    params: Params,
+    policy: Policy,
     prompts: Int[ArrayLike, "b p"],
     prompt_mask: Bool[ArrayLike, "b p"],
     key: Key,
@@ -37,14 +37,14 @@ def generate(
 
     A row ends with EOS, its last token, where `sampling.ends`, or after `max_new_tokens`. `logps` hold the temperature,
     but not top-k and top-p. What a row draws depends on the key, its index and the position alone, not on other rows.
-    Rows of `greedy` take the most probable token each time.
+    Rows of `greedy` take the most probable token each time. Of a `Perturbed` policy all this is of its own logits.
 
     On a mesh rows and weights lie as its `decode` says, and the rollout as a batch does.
     """
-    b, p = prompts.shape
-    length = p + max_new_tokens
+    (b, p), length = prompts.shape, prompts.shape[1] + max_new_tokens
     with decoding(prompts=True):
-        params = models.decoding_weights(spec, params)
+        policy = models.decoding_policy(spec, policy)
+        params = models.transformer_of(policy)
         prompts, prompt_mask = (constrain(jnp.asarray(x), "batch", None) for x in (prompts, prompt_mask))
         cache = _constrained(models.init_cache(spec, b, length))
         states, cache = models.extend(spec, params, prompts, prompt_mask, cache)
@@ -62,7 +62,7 @@ def generate(
     @decoding()
     def step(carry: Any) -> Any:
         t, alive, tokens, mask, logps, state, cache = carry
-        logits = models.unembed(spec, params, state)
+        logits = models.policy_logits(spec, policy, state)
         drawn = jnp.where(alive, draw(t, logits), pad_id)
         logp = jnp.where(alive, token_logps(logits, drawn, temperature=sampling.temperature), 0)
         tokens = jax.lax.dynamic_update_slice(tokens, drawn[:, None], (0, p + t))

@@ -129,6 +129,22 @@ def test_ilql_by_hand():
     np.testing.assert_allclose(loss, terms, rtol=1e-5, atol=1e-6)
 
 
+def test_with_lambda_q_learns_what_the_sequence_got():
+    q, _, values, rewards, actions, mask = example()
+    zeros = np.zeros_like(q)
+    to_go = np.flip(np.cumsum(np.flip(rewards * mask, -1), -1), -1)
+    found = ilql(zeros, zeros, values, rewards, actions, mask, gamma=1.0, lam=1.0)[1]["q_loss"]
+    np.testing.assert_allclose(found, 2 * np.square(to_go) * mask, rtol=1e-4, atol=1e-5)
+    half = ilql(zeros, zeros, values, rewards, actions, mask, gamma=1.0, lam=0.5)[1]["q_loss"]
+    for row, kept in enumerate(mask):
+        after, expected = 0.0, np.zeros(len(kept))
+        value = 0.0  # of the token after
+        for t in np.flatnonzero(kept)[::-1]:
+            after = rewards[row, t] + 0.5 * value + 0.5 * after  # R = r + (1 − λ) V + λ R
+            expected[t], value = 2 * after**2, values[row, t]
+        np.testing.assert_allclose(half[row], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_targets_have_no_gradient():
     q, target_q, values, *others = example()
     by_target = jax.grad(lambda x: ilql(q, x, values, *others)[0].sum())(target_q)
@@ -157,7 +173,9 @@ def test_the_extracted_policy_weighs_the_behaviour_policy_by_the_advantage():
     assert cut[0, 1] == -np.inf and np.isfinite(cut[0, 0])
 
 
-@pytest.mark.parametrize(("name", "value"), [("tau", 1.0), ("tau", 0.0), ("gamma", 1.5), ("cql_coef", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("tau", 1.0), ("tau", 0.0), ("gamma", 1.5), ("lam", -0.5), ("cql_coef", -1.0)]
+)
 def test_domains(name, value):
     with pytest.raises(ValueError, match=f"{name} must lie in .*, got {value:g}"):
         ilql(*example(), **{name: value})

@@ -15,6 +15,7 @@ from rlhf_jax.algorithms import (
     constitutional,
     distill,
     iterations,
+    offline,
     online_preference,
     onpolicy,
     policy,
@@ -28,6 +29,8 @@ from rlhf_jax.algorithms import (
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context
+from rlhf_jax.algorithms.offline_ilql import Ilql
+from rlhf_jax.algorithms.offline_methods import Weighted
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
 from rlhf_jax.algorithms.replay import Replay
@@ -262,6 +265,23 @@ def test_pretraining_is_known_and_another_stage_is_named():
     assert one.name == "train"
     with pytest.raises(UserError, match=r"stages\.toy: plan knows pretrain, sft, .*, not toys"):
         programs.programs(experiment(stages={"toy": ToyStage()}), mesh)
+
+
+def test_offline_stages_are_known():
+    mesh = sharding.make_mesh(MESHES[1])
+    sizes = {"batch_size": 64, "row_length": 40, "heldout_rows": 64, "evaluation_prompts": 100, "steps": 6}
+    methods = {"ilql": Ilql(curve=(0.0, 1.0), beta=2.0), "weighted": Weighted()}
+    stages = {name: offline.Config(method=method, **sizes) for name, method in methods.items()}
+    found = programs.programs(experiment(ADAPTED, stages={**STAGES, **stages}), mesh)
+    plan = {f"{one.stage}.{one.name}": one for one in found if one.stage in stages}
+    assert {name: one.calls for name, one in plan.items()} == {
+        "ilql.train": 6, "ilql.decode": 4 * 2, "weighted.train": 6, "weighted.decode": 2 * 2,  # 100 by 64, each policy
+    }  # fmt: skip
+    own = {name: programs.device_bytes(one.roles["parameters"]) for name, one in plan.items() if "train" in name}
+    assert own["ilql.train"] > own["weighted.train"]  # the heads too
+    with sharding.scope(mesh):
+        for one in plan.values():
+            one.function.lower(*one.args)
 
 
 def test_best_of_n_and_distillation_are_known():

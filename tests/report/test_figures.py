@@ -121,6 +121,20 @@ def test_the_readme_figure_takes_runs_of_unequal_length_and_refuses_others(make_
         readme_figure(workdirs, tmp_path / "figure.png")
 
 
+def test_decoding_by_values_is_drawn_against_its_kl(tmp_path):
+    points = [
+        {"beta": b, "seq_kl": b / 4, "gold": 0.5 + b / 8, "gold_low": 0.4, "gold_high": 0.9} for b in (0.0, 0.5, 2.0)
+    ]
+    (tmp_path / "ilql").mkdir()
+    (tmp_path / "ilql" / "evaluation.json").write_text(json.dumps({"betas": points}))
+    (panel,) = figures.stage_panels(stage_of(tmp_path, "ilql"))
+    (ax,) = panel.figure.axes
+    line = next(line.get_xydata() for line in ax.get_lines() if line.get_marker() == "o")
+    assert np.allclose(line, [[0.0, 0.5], [0.125, 0.5625], [0.5, 0.75]])
+    assert [text.get_text() for text in ax.texts] == ["0", "0.5", "2"]
+    assert panel.key == "betas" and "gold from 0.500 to 0.750" in panel.caption
+
+
 def test_the_best_of_n_is_drawn_against_its_kl(tmp_path):
     points = [
         {"n": n, "kl": kl, "score": kl, "score_low": kl - 0.1, "score_high": kl + 0.2, "gold": 0.5, "gold_low": 0.4,
