@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from rlhf_jax.evals.best_of_n import best_of_n_kl
 from rlhf_jax.files import write_whole
 from rlhf_jax.metrics import read_jsonl
 
@@ -119,7 +118,9 @@ def main(to: Path = Path("runs/methods"), seeds: tuple[int, ...] = (0, 1, 2), ta
         found = rows([to / f"{task}_{seed}" for seed in seeds], methods, reading)
         text = with_block(text, task, table(found, reading))
         if task == "sentiment":
-            draw(found, HERE / "sentiment.png")
+            files = (to / f"{task}_{seed}" / "best_of_16" / "evaluation.json" for seed in seeds)
+            curves = [json.loads(file.read_text())["best_of_n"] for file in files if file.is_file()]
+            draw(found, curves, HERE / "sentiment.png")
     write_whole(HERE / "README.md", text)
 
 
@@ -175,6 +176,8 @@ def row(name: str, method: Method, reading: str, workdirs: list[Path]) -> Row:
 
 def table(found: list[Row], reading: str) -> str:
     """In Markdown; a gain of less than two standard errors is marked."""
+    if not found:
+        return "Not run yet."
     titles = f"| method | {reading} before | after | gain | KL, nats | length | distinct-2 | seconds | seeds |"
     lines = [titles, "|---|" + "---|" * 8]
     for one in found:
@@ -201,18 +204,26 @@ def with_block(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
 
 
-def draw(found: list[Row], path: Path) -> None:
-    """Gold score over KL: a point a method, and what the best of n pays by its formula."""
-    figure, ax = plt.subplots(figsize=(8, 5))
-    for one in found:
+def draw(found: list[Row], curves: list[list[dict[str, float]]], path: Path) -> None:
+    """Gold score over KL: a point a method, and the best of n for n from 2 to 16, a line a seed."""
+    figure, ax = plt.subplots(figsize=(9, 6))
+    for points in curves:
+        ax.plot([p["kl"] for p in points if p["kl"]], [p["gold"] for p in points if p["kl"]], color="grey", lw=1)
+    taken: list[tuple[float, float]] = []
+    for one in sorted(found, key=lambda one: one.after):
         ax.errorbar(one.kl, one.after, yerr=2 * one.error, fmt="o", ms=5, lw=1)
-        ax.annotate(one.name, (one.kl, one.after), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        x, y = math.log(one.kl), one.after
+        while any(abs(x - u) < 0.6 and abs(y - v) < 0.018 for u, v in taken):  # of labels about here
+            y += 0.003
+        taken.append((x, y))
+        ax.annotate(one.name, (one.kl, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
     if found:
         ax.axhline(float(np.mean([one.before for one in found])), color="grey", lw=1, ls=":")
-    ax.axvline(best_of_n_kl(16), color="grey", lw=0.5)
+    ax.set_xscale("log")
+    ax.set_xlim(right=2.5 * max((one.kl for one in found), default=1.0))
     ax.set_xlabel("sequence KL to the SFT policy (nats)")
     ax.set_ylabel("gold score, P(positive)")
-    ax.set_title("Every method on the quickstart's task; bars are two standard errors")
+    ax.set_title("Every method on the quickstart's task; bars: two standard errors of the gain; line: best of 2 to 16")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
