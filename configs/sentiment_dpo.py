@@ -11,13 +11,17 @@ Of 256 test prompts gold rises by 0.34, standard error 0.02, VADER from 0.17 to 
 0.65 to 0.71; a constant 0.50, length alone 0.51.
 """
 
-from rlhf_jax.algorithms import preference, sft
+from pathlib import Path
+
+from rlhf_jax.algorithms import preference
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.preference_losses import Term
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.optim import Optimizer
+
+QUICKSTART = load_config(Path(__file__).with_name("quickstart.py")).stages
 
 
 def get_config() -> Experiment:
@@ -27,12 +31,7 @@ def get_config() -> Experiment:
         data=MovieReviews(),
         seed=0,
         stages={
-            "sft": sft.Config(
-                steps=100,
-                batch_size=32,
-                evaluate_every=20,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
+            "sft": QUICKSTART["sft"],
             "dpo": preference.Config(
                 init="sft",
                 pairs=SampledPairs(policy="sft", prompts=1_500, completions=4),

