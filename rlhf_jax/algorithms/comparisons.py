@@ -71,7 +71,8 @@ class SampledPairs:
     batch_size: int = 256
     """Completions sampled at once."""
     earlier: tuple[str, ...] = ()
-    """Stages of reward models whose own sampled pairs are trained on too; those held out are new ones alone."""
+    """Stages of reward models whose own sampled pairs are trained on too; those held out are new ones alone, of the
+    reviews that the first of these stages holds out."""
 
     def __post_init__(self) -> None:
         names = ("prompts", "heldout_prompts", "completion_tokens", "annotators", "batch_size")
@@ -151,7 +152,13 @@ def _earlier(pairs: SampledPairs, context: Context, name: str, stage: str) -> Se
     damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
     if not hosts.from_writer(lambda: preferences.exists(folder)):
         raise UserError(f"{where}: {damaged or f'the stage {stage!r} has sampled no pairs: {folder} is not there'}")
-    groups = preferences.read(folder)["train"]
+    splits = preferences.read(folder)
+    groups, apart = splits["train"], len(splits["heldout"])
+    if pairs.heldout_prompts > apart:
+        raise UserError(
+            f"stages.{name}.pairs.heldout_prompts={pairs.heldout_prompts}: {stage!r} holds {apart} out and has trained "
+            f"on other reviews, so at most {apart}"
+        )
     longest = max(group.longest for group in groups)
     if longest > pairs.length:
         raise UserError(f"{where}: {stage!r} has rows of {longest} tokens; prompt and completion have {pairs.length}")
@@ -263,9 +270,15 @@ def _sample(pairs: SampledPairs, context: Context, name: str) -> dict[str, list[
     """Both splits; held-out pairs are judged without noise or disagreement."""
     tokenizer, rng = context.tokenizer, context.rng(f"{name}/data")
     count, k = pairs.prompts + pairs.heldout_prompts, pairs.completions
-    reviews = context.reviews.validation
+    shared = context.rng(f"{pairs.earlier[0]}/data") if pairs.earlier else None
     prompts = review_prompts(
-        reviews, tokenizer, tokens=pairs.prompt_tokens, count=count, rng=rng, apart=pairs.heldout_prompts
+        context.reviews.validation,
+        tokenizer,
+        tokens=pairs.prompt_tokens,
+        count=count,
+        rng=rng,
+        apart=pairs.heldout_prompts,
+        apart_rng=shared,
     )
     completions = [sample.tokens for sample in _complete(pairs, context, name, prompts)]
     grouped = [(prompt, completions[i * k : (i + 1) * k]) for i, prompt in enumerate(prompts)]

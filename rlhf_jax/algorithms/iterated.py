@@ -15,6 +15,7 @@ from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import StageConfig
 from rlhf_jax.algorithms.policy_gradient import PolicyGradientConfig
 from rlhf_jax.data.sources import FromStage, Mixture, Source
+from rlhf_jax.numerics import require
 
 Learn = TypeVar("Learn", bound=PolicyGradientConfig)
 
@@ -38,6 +39,7 @@ def iterated(
     >>> list(iterated(reward_model.Config(), ppo.Config(), rounds=2))
     ['learn_1', 'reward_2', 'learn_2']
     """
+    require("rounds", rounds, "[1, inf)")
     if not isinstance(learn.reward, str):
         raise ValueError("learn.reward: rounds refresh a reward model; name the stage of the first")
     if not isinstance(refresh.pairs, SampledPairs if feedback is None else Source):

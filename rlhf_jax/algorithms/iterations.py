@@ -119,7 +119,7 @@ class Algorithm(Protocol):
         ...
 
     def cut(self, rollout: Rollout) -> Rollout:
-        """With what of its completions the reward reads, where the config `cuts`."""
+        """With what of its completions the reward reads, where the config has a `truncate`."""
         ...
 
     def score(self, own: Params, frozen: Frozen, rollout: Rollout) -> tuple[Rollout, Metrics]:

@@ -74,7 +74,7 @@ class Ilql(Method):
         """Scores shifted and scaled as those of the rows to train on have mean 0 and standard deviation 1."""
         scores = np.asarray([row.score for row in rows])
         mean, std = float(scores.mean()), float(scores.std())
-        if not std > 0:
+        if scores.max() == scores.min():  # their mean may be off by rounding, and they by as much from it
             raise UserError(f"all {len(rows)} rows to train on score {mean:g}, so there is nothing to tell apart")
         return lambda some: (np.asarray([row.score for row in some]) - mean) / std
 

@@ -114,8 +114,9 @@ class Weighted(Cloning):
     def fit(self, rows: Sequence[ScoredRow]) -> Numbers:
         """The weights, by the spread and mean of the rows to train on."""
         mean = float(np.mean([row.score for row in rows]))
-        spread = float(np.std(self._advantages(rows, mean)))
-        if not spread > 0:
+        found = self._advantages(rows, mean)
+        spread = float(np.std(found))
+        if found.max() == found.min():
             alike = "a prompt's completions all score the same" if self.baseline == "prompt" else "all score the same"
             raise UserError(f"of {len(rows)} rows to train on {alike}, so there is nothing to tell apart")
 
@@ -133,7 +134,9 @@ class Weighted(Cloning):
         of_prompt: dict[tuple[int, ...], list[float]] = {}
         for row in some:
             of_prompt.setdefault(row.prompt, []).append(row.score)
-        return scores - np.asarray([np.mean(of_prompt[row.prompt]) for row in some])
+        # of equal scores the mean is the score, which rounding may miss
+        means = {prompt: own[0] if min(own) == max(own) else float(np.mean(own)) for prompt, own in of_prompt.items()}
+        return scores - np.asarray([means[row.prompt] for row in some])
 
 
 @dataclass(frozen=True)

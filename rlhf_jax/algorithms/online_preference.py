@@ -39,7 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # Guo et al. 2024 (OAIF): both completions are the policy's own.
     "online_dpo": {},
     "online_ipo": {"losses": (Term("ipo"),)},
-    # Xie et al. 2024, algorithm 1: one of them is the reference's, whose log-prob under the policy is made small too.
+    # Xie et al. 2024, algorithm 1, on the newest pairs (theirs: on all so far): one of them is the reference's, whose
+    # log-prob under the policy is made small too, but for ties.
     "xpo": {"second": "reference", "optimism": 1e-5},
 }
 """By name the fields in which a method differs from online DPO."""
@@ -108,6 +109,11 @@ class Config(PolicyGradientConfig):
         return self.group_size
 
     @property
+    def own_rows(self) -> slice:
+        """The policy's own: the first of each two, where the second is the reference's."""
+        return slice(None) if self.second == "policy" else slice(None, None, 2)
+
+    @property
     def reducer(self) -> str:
         """Every completion of a pair has the pair's loss."""
         return "sequence"
@@ -148,7 +154,7 @@ class Algorithm(CriticFree):
         groups = jnp.arange(c.batch_size) // c.group_size
         if c.second == "policy":
             return super().sample(behaviour, frozen, prompts).replace(group_ids=groups)
-        other = Behaviour(frozen.reference, jax.random.fold_in(behaviour.key, 1), behaviour.step)
+        other = Behaviour(frozen.reference, jax.random.fold_in(behaviour.key, 2), behaviour.step)
         halves = [
             super(Algorithm, self).sample(writer, frozen, jax.tree.map(lambda x, i=i: x[i::2], prompts))
             for i, writer in enumerate((behaviour, other))
@@ -169,7 +175,8 @@ class Algorithm(CriticFree):
         scores = self.shaped(rollout)
         groups = scores.reshape(-1, self.config.group_size)
         tied = groups.max(-1) == groups.min(-1)
-        metrics = {"equal_groups": tied.mean(dtype=jnp.float32), "kl_coef": kl_coef}
+        finite = 0 * scores.sum()  # not a number where a score is not: the loop sees it, whoever wrote the completion
+        metrics = {"equal_groups": tied.mean(dtype=jnp.float32) + finite, "kl_coef": kl_coef}
         return rollout.replace(scores=scores, used=jnp.repeat(~tied, self.config.group_size)), metrics
 
     def units(self, rollout: Rollout) -> Rollout:
@@ -207,7 +214,8 @@ class Algorithm(CriticFree):
                 each += hyper["entropy_coef"] * bonus
             judged = mask.any(-1)[::2]
             metrics = {name: masking.token_mean(x, judged) for name, x in diagnostics.items() if name in self.reported}
-            metrics["approx_kl"] = masking.token_mean(kl.k3(old, logps), mask)
+            own = mask if c.second == "policy" else mask & (jnp.arange(len(mask)) % 2 == 0)[:, None]
+            metrics["approx_kl"] = masking.token_mean(kl.k3(old, logps), own)
             total, balance = with_load_balance(self.spec, self.reduce(each, mask), routing, batch.mask)
             return total, metrics | balance
 

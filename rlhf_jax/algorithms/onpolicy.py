@@ -72,7 +72,10 @@ class Rewarded(Completing):
         if self.combine is not None and not isinstance(self.reward, str):
             raise ValueError("combine is for a reward that is an ensemble, not a function of texts")
         if isinstance(self.reward, JudgeReward) and self.copies < 2:
-            raise ValueError("reward: a judge compares completions of one prompt: group_size must be at least 2")
+            raise ValueError(
+                "reward: a judge compares completions of one prompt, of stages with a group_size of at least 2: policy "
+                "and online_preference"
+            )
 
     @property
     def local_judge(self) -> LocalJudge | None:
@@ -136,6 +139,8 @@ class OnPolicyConfig(Rewarded):
         if self.network is not None and isinstance(self.reward, str | JudgeReward):
             given = self.reward if isinstance(self.reward, str) else "a judge"
             raise ValueError(f"network is added to a reward that is a function of texts, not to reward={given!r}")
+        if self.truncate is not None and isinstance(self.reward, JudgeReward):
+            raise ValueError("truncate: a judge reads completions to their end; leave it None")
         if self.truncate is not None and self.truncate.after >= self.completion_tokens:
             raise ValueError(
                 f"truncate.after={self.truncate.after} must be under completion_tokens={self.completion_tokens}"
@@ -170,6 +175,11 @@ class OnPolicyConfig(Rewarded):
     def redraws(self) -> int:
         """How often, at most, groups of equal scores are replaced by those of further prompts."""
         return 0
+
+    @property
+    def own_rows(self) -> slice:
+        """The rows of a rollout that the policy wrote."""
+        return slice(None)
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know: lines of the log."""
@@ -271,7 +281,7 @@ def fit(
         for step in loop:
             held, metrics, rollout = iterations(held, batches, last=step == config.steps)
             if "gold" in judges:
-                metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)).mean()
+                metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)[config.own_rows]).mean()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
     finish(context, name, held.final)

@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nplus": _TLDR,
     # Ouyang et al. 2022. Eight rows of pretraining text an episode; the mean over tokens makes 27.8 weigh less than
     # their sum over a text (losses.pretraining_mix).
+    # Of this paper's pretraining texts 8,192 rows stand in memory, each drawn many times; clipping is the default.
     "instructgpt": {
         "prompt_tokens": (1, 1023), "completion_tokens": 1024,
         "batch_size": 512, "steps": 256_000 // 512, "epochs": 1, "minibatches": 8,

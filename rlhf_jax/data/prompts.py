@@ -33,26 +33,29 @@ def review_prompts(
     count: int,
     rng: np.random.Generator,
     apart: int = 0,
+    apart_rng: np.random.Generator | None = None,
 ) -> list[list[int]]:
     """Prompts of `tokens[0]` to `tokens[1]` tokens, BOS not counted, from different reviews where there are enough.
 
     Where there are not, reviews come again, cut anew; but those of the first `apart` prompts give no other one.
+    `apart_rng` draws these, in place of `rng`: whoever else draws them by an equal one has the same reviews apart.
     Raises UserError where no review is left that has such an opening.
     """
     prompts: list[list[int]] = []
     taken: set[int] = set()
     while len(prompts) < count:
         before = len(prompts)
-        for index in rng.permutation(len(reviews)).tolist():
+        source = rng if apart_rng is None or before >= apart else apart_rng
+        for index in source.permutation(len(reviews)).tolist():
             if index in taken:
                 continue
             encoded = tokenizer.encode(reviews[index].text[:_CHARACTERS])
-            cut = opening(encoded, tokenizer, rng, prompt=tokens, completion=1)
+            cut = opening(encoded, tokenizer, source, prompt=tokens, completion=1)
             if cut is not None:
                 prompts.append(cut.prompt)
                 if len(prompts) <= apart:
                     taken.add(index)
-            if len(prompts) == count:
+            if len(prompts) == count or (source is apart_rng and len(prompts) == apart):
                 break
         if len(prompts) == before:
             raise UserError(

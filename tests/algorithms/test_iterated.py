@@ -71,6 +71,8 @@ def test_a_judges_pairs_of_all_rounds_stand_beside_the_first_rows():
 def test_what_rounds_cannot_be_made_of_is_told(pairs, reward, feedback, message):
     with pytest.raises(ValueError, match=message):
         iterated(reward_model.Config(pairs=pairs), policy.Config(reward=reward), rounds=2, feedback=feedback)
+    with pytest.raises(ValueError, match="rounds must lie in"):
+        iterated(reward_model.Config(), policy.Config(), rounds=0)
 
 
 def test_pairs_of_a_stage_that_is_no_reward_model_are_refused():
@@ -94,14 +96,16 @@ def test_a_stage_trains_on_the_pairs_of_earlier_ones_and_is_evaluated_on_its_own
     for name, completions in (("first", 4), ("second", 3), ("own", 2)):
         made = groups(name, 3, completions)
         preferences.write(context.stage_dir(name) / "data", {"train": made[:2], "heldout": made[2:]})
-    pairs = SampledPairs(completions=2, earlier=("first", "second"))
+    pairs = SampledPairs(completions=2, heldout_prompts=1, earlier=("first", "second"))
     found = comparisons.sample(pairs, context, "own")
     assert [group.prompt for group in found.train] == ["first 0", "first 1", "second 0", "second 1", "own 0", "own 1"]
     assert [group.prompt for group in found.heldout] == ["own 2"]
     assert (found.completions, found.pairs, found.counts.train) == (4, 6, 6)
     with pytest.raises(UserError, match=r"stages.own.pairs.earlier: 'first' has rows of 6 tokens; .* have 5"):
-        short = SampledPairs(earlier=("first",), prompt_tokens=(1, 2), completion_tokens=2)
+        short = SampledPairs(earlier=("first",), heldout_prompts=1, prompt_tokens=(1, 2), completion_tokens=2)
         comparisons.sample(short, context, "own")
+    with pytest.raises(UserError, match=r"stages.own.pairs.heldout_prompts=2: 'first' holds 1 out"):
+        comparisons.sample(SampledPairs(earlier=("first",), heldout_prompts=2), context, "own")
     with pytest.raises(UserError, match=r"stages.own.pairs.earlier: the stage 'third' has sampled no pairs"):
         comparisons.sample(SampledPairs(earlier=("third",)), context, "own")
     record = next((tmp_path / "second" / "data").rglob("*train*array_record*"))

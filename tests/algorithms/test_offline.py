@@ -326,6 +326,12 @@ def test_scores_that_tell_nothing_apart_are_told(method, scores, said):
     with pytest.raises(UserError, match=r"stages\.offline\.method: ") as told:
         offline.numbered(method, rows, rows, "offline")
     assert said in str(told.value)
+    alike = [
+        row(1, 5 + i // 4, 7, score=(0.1, 0.7, 1.1)[i // 12]) for i in range(36)
+    ]  # their means are off by rounding
+    for one, rows in ((Ilql(), alike[:12]), (Weighted(), alike[:12]), (Weighted(baseline="prompt"), alike)):
+        with pytest.raises(UserError, match="so there is nothing to tell apart"):
+            offline.numbered(one, rows, rows, "offline")
     with pytest.raises(UserError, match="none of 1 rows held out is left that scores high enough"):
         offline.numbered(Filtered(top=0.5), [row(1, 5, score=0.0), row(1, 5, score=1.0)], [row(1, 5)], "offline")
 

@@ -204,6 +204,11 @@ def test_the_reference_writes_the_second_of_each_pair_of_xpo(context, rows):
     assert np.abs(sampled[1::2] - policy[1::2]).max() > 0.1 and metrics["sampling_deviation"] < 1e-4
     assert metrics["seq_kl"] == pytest.approx((policy - reference)[::2].sum(-1).mean(), abs=1e-4)
     assert metrics["score"] == pytest.approx(np.asarray(scored.scores)[::2].mean(), abs=1e-5)
+    assert config.own_rows == slice(None, None, 2) and make(data=rows[0]).own_rows == slice(None)
+    _, fine = algorithm.with_advantages(scored, kl_coef=jax.numpy.float32(0.1))
+    bad = scored.replace(scores=scored.scores.at[1].set(np.nan))  # the reference's, which no other metric reads
+    _, told = algorithm.with_advantages(bad, kl_coef=jax.numpy.float32(0.1))
+    assert np.isfinite(fine["equal_groups"]) and np.isnan(told["equal_groups"])
 
 
 def test_learns_and_reports_and_a_stopped_run_ends_where_an_unbroken_one_does(context, rows, monkeypatch):

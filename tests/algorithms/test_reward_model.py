@@ -183,6 +183,28 @@ def test_heldout_prompts_are_of_other_reviews_even_when_they_run_out(context):
         review_prompts(numbered, context.tokenizer, **options, apart=80)
 
 
+def test_what_one_stage_holds_out_is_trained_on_in_no_round(context):
+    numbered = [dataclasses.replace(r, text=f"{i} {r.text}") for i, r in enumerate(context.reviews.validation[:30])]
+
+    def draw(seed, apart, shared):
+        prompts = review_prompts(
+            *(numbered, context.tokenizer),
+            tokens=(3, 5),
+            count=60,
+            rng=np.random.default_rng(seed),
+            apart=apart,
+            apart_rng=None if shared is None else np.random.default_rng(shared),
+        )
+        sources = [int(context.tokenizer.decode(prompt).split()[0]) for prompt in prompts]
+        return sources[:apart], sources[apart:]
+
+    first, *rounds = draw(1, 10, None), draw(2, 6, 1), draw(3, 6, 1)
+    assert all(held == first[0][:6] for held, _ in rounds)
+    trained = {source for _, sources in (first, *rounds) for source in sources}
+    assert not trained & set(first[0][:6]) and len(trained) > 10
+    assert rounds[0][1] != rounds[1][1]
+
+
 def test_scores_that_are_all_the_same_are_not_normalised(context, monkeypatch):
     monkeypatch.setattr(
         reward_model.RewardNetwork, "members", lambda self, params, rows: np.ones((1, len(rows)), np.float32)
