@@ -10,8 +10,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.algorithms import best_of_n, compare, distill, online_preference, policy, preference, sft
+from rlhf_jax.algorithms import (
+    best_of_n,
+    compare,
+    distill,
+    offline,
+    online_preference,
+    policy,
+    ppo,
+    preference,
+    reward_model,
+    sft,
+)
 from rlhf_jax.algorithms.comparisons import SampledPairs
+from rlhf_jax.algorithms.offline_ilql import Ilql
+from rlhf_jax.algorithms.offline_methods import Filtered, Method, Weighted
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.preference_losses import Term
 from rlhf_jax.algorithms.raft import raft, rest
@@ -22,6 +35,11 @@ from rlhf_jax.optim import Optimizer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 LINEAR = Optimizer(learning_rate=4e-4, schedule="linear")
+
+
+def optimizer(learning_rate: float) -> Optimizer:
+    """Of stages that do not sample as they learn."""
+    return Optimizer(learning_rate=learning_rate, schedule="linear", warmup_steps=10)
 
 
 def on_policy(method: str, **fields: Any) -> policy.Config:
@@ -37,7 +55,7 @@ def online(method: str, **fields: Any) -> online_preference.Config:
     return online_preference.Config(**{"optimizer": half, **shared, **online_preference.METHODS[method], **fields})
 
 
-def offline(term: Term, **fields: Any) -> preference.Config:
+def of_pairs(term: Term, **fields: Any) -> preference.Config:
     """A loss of the `preference` stage, on pairs that the SFT policy has written and the gold classifier has judged."""
     return preference.Config(
         init="sft",
@@ -45,8 +63,30 @@ def offline(term: Term, **fields: Any) -> preference.Config:
         losses=(term,),
         steps=120,
         evaluate_every=40,
-        **{"batch_size": 16, "optimizer": Optimizer(learning_rate=2e-4, schedule="linear", warmup_steps=10), **fields},
+        **{"batch_size": 16, "optimizer": optimizer(2e-4), **fields},
     )
+
+
+def of_scores(method: Method, **fields: Any) -> offline.Config:
+    """A method of the `offline` stage, on completions of the SFT policy that the reward model has scored."""
+    learning = {"steps": 120, "batch_size": 32, "evaluate_every": 60, "optimizer": optimizer(3e-4), **fields}
+    return offline.Config(init="sft", method=method, data=FromStage("samples"), **learning)
+
+
+def in_rounds(refresh: reward_model.Config, learn: ppo.Config) -> dict[str, Any]:
+    """Iterated RLHF in two rounds, half the quickstart's PPO each, and a reward model trained anew between them.
+
+    These are `iterated`'s stages, which RAFT's would hide: both have a learn_1.
+    """
+    pairs = reward_model.SampledPairs(
+        policy="round_1", prompts=400, heldout_prompts=200, completions=4, earlier=("reward_model",)
+    )
+    learn = dataclasses.replace(learn, steps=9)
+    return {
+        "round_1": learn,
+        "refreshed": dataclasses.replace(refresh, pairs=pairs, steps=400),
+        "round_2": dataclasses.replace(learn, policy="round_1", reward="refreshed", critic="refreshed"),
+    }
 
 
 def fine_tuning(steps: int) -> sft.Config:
@@ -67,7 +107,7 @@ def get_config() -> Experiment:
     price = {"kl": FixedKL(0.2)}  # the quickstart's, where KL is paid in the reward
     several, once = {"epochs": 2, "minibatches": 4}, {"minibatches": 4}  # of losses with a ratio, and without
     sample = best_of_n.Config(policy="sft", reward="reward_model", n=8, prompts=256, batch_size=256)
-    stages = {
+    stages: dict[str, Any] = {
         "reinforce": on_policy("reinforce", **price, **once),
         "rloo": on_policy("rloo", **price, **once),
         "reinforce_plus_plus": on_policy("reinforce_plus_plus", **price, **several),
@@ -83,17 +123,25 @@ def get_config() -> Experiment:
         "online_dpo": online("online_dpo"),
         "online_ipo": online("online_ipo"),
         "xpo": online("xpo"),
-        "dpo": offline(Term("dpo", beta=0.1)),
-        "ipo": offline(Term("ipo")),
-        "kto": offline(Term("kto", beta=0.1), batch_size=32),
-        "simpo": offline(Term("simpo")),
+        "dpo": of_pairs(Term("dpo", beta=0.1)),
+        "ipo": of_pairs(Term("ipo")),
+        "kto": of_pairs(Term("kto", beta=0.1), batch_size=32),
+        "simpo": of_pairs(Term("simpo")),
+        "cpl": of_pairs(Term("cpl", beta=0.1)),
+        **in_rounds(quickstart.stages["reward_model"], quickstart.stages["ppo"]),
         "best_of_16": dataclasses.replace(sample, n=16),
         "rejection": dataclasses.replace(fine_tuning(32), data=FromStage("best_of_16")),
         **raft(sample, fine_tuning(16), rounds=2),
         **rest(dataclasses.replace(sample, n=4, prompts=512), fine_tuning(32), thresholds=(0.0, 1.0)),
+        "samples": dataclasses.replace(sample, n=4, keep=4, prompts=1_500),
+        "ilql": of_scores(
+            Ilql(lam=0.95, cql_coef=0.02, target_share=0.05, beta=4.0), steps=250, optimizer=optimizer(1e-3)
+        ),
+        "weighted": of_scores(Weighted()),
+        "filtered": of_scores(Filtered(top=0.25)),
         "distilled": distill.Config(student="sft", teacher="ppo", steps=30, batch_size=128, optimizer=LINEAR),
     }
-    read = {"rejection": "rejection", "raft": "learn_2", "rest": "improve_1_2"}
+    read = {"rejection": "rejection", "raft": "learn_2", "rest": "improve_1_2", "round_2": "round_2"}
     for method, last in read.items():
         stages[f"{method}_read"] = compare.Config(policy=last, reward="reward_model")
     return dataclasses.replace(quickstart, stages={**quickstart.stages, **stages})

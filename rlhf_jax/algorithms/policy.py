@@ -151,6 +151,10 @@ class Config(PolicyGradientConfig):
                 region and (self.loss, self.epochs, self.minibatches) != ("surrogate", 1, 1),
                 "trust_region takes one step by all completions: loss='surrogate', epochs=1 and minibatches=1",
             ),
+            (
+                self.trust_region is not None and self.batch_size % self.trust_region.fisher_every > 0,
+                f"batch_size={self.batch_size} must divide by trust_region.fisher_every",
+            ),
             (region and self.ptx is not None, "ptx is no part of trust_region's step"),
             (region and self.ewc is not None, "ewc is no part of trust_region's step"),
             (
@@ -184,6 +188,14 @@ class Config(PolicyGradientConfig):
     def copies(self) -> int:
         """A group's."""
         return self.group_size
+
+    def batch_sizes(self) -> dict[str, int]:
+        """The rows of TRPO's matrix, too."""
+        region = self.trust_region
+        if region is None:
+            return super().batch_sizes()
+        rows = self.batch_size // region.fisher_every // region.fisher_parts(self.batch_size, self.parts)
+        return super().batch_sizes() | {"batch_size / trust_region.fisher_every": rows}
 
     @property
     def redraws(self) -> int:

@@ -1,6 +1,7 @@
 """TRPO's step: the natural gradient by conjugate gradients, as long as a divergence allows (Schulman et al. 2015)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,12 +31,20 @@ class TrustRegion:
     """Of conjugate gradients; each is a product with the Fisher matrix."""
     damping: float = 0.1
     """Added to the Fisher matrix's diagonal."""
+    fisher_every: int = 4
+    """That matrix is of one completion in so many: it is but a metric, and its products are most of a step's cost
+    (appendix C.1)."""
     backtracks: int = 10
     """How often a step is halved that is too long or does not improve the surrogate; then it is left out."""
+
+    def fisher_parts(self, batch_size: int, parts: int) -> int:
+        """In how many parts that matrix's rows are computed, where a batch's are in `parts`."""
+        return math.gcd(parts, batch_size // self.fisher_every)
 
     def __post_init__(self) -> None:
         for name, interval in (
             ("max_kl", "(0, inf)"), ("iterations", "[1, inf)"), ("damping", "[0, inf)"), ("backtracks", "[0, inf)"),
+            ("fisher_every", "[1, inf)"),
         ):  # fmt: skip
             require(f"trust_region.{name}", vars(self)[name], interval)
 
@@ -86,34 +95,37 @@ def update(
     Besides what `natural_step` says: `policy_loss` before the step, `approx_kl`, KL(old‖new) after it.
     """
     c, loss_fn = algorithm.config, algorithm.policy_loss()
-    window, mask = slice(c.prompt_length, None), loss_mask(rollout)
-    tokens = jnp.maximum(mask.sum(), 1)
+    window = slice(c.prompt_length, None)
+    everything = rollout, c.parts
+    some = jax.tree.map(lambda x: x[:: config.fisher_every], rollout), config.fisher_parts(c.batch_size, c.parts)
 
-    def over_rows(part: Callable[[Params, Rollout], Array]) -> Scalar:
+    def over_rows(part: Callable[[Params, Rollout], Array], among: tuple[Rollout, int]) -> Scalar:
         """A sum over rows, none of whose passes is kept for the gradient's."""
         part = jax.checkpoint(part)
-        return lambda own: in_parts(lambda rows: part(own, rows)[None], rollout, c.parts).sum(0)
+        return lambda own: in_parts(lambda rows: part(own, rows)[None], *among).sum(0)
 
     def surrogate(own: Params) -> Array:
         def part(own: Params, rows: Rollout) -> Array:
             loss, _ = loss_fn(frozen.policy(own), rows, policy.hyper, policy.key)
             return jnp.stack([loss.total, loss.count])
 
-        total, count = over_rows(part)(own)
+        total, count = over_rows(part, everything)(own)
         return total / jnp.maximum(count, 1)
 
-    def of_logits(fn: Callable[[Array, Array], Array]) -> Scalar:
+    def of_logits(fn: Callable[[Array, Array], Array], among: tuple[Rollout, int]) -> Scalar:
+        tokens = jnp.maximum(loss_mask(among[0]).sum(), 1)
+
         def part(own: Params, rows: Rollout) -> Array:
             old, new = (algorithm.completion_logits(frozen.policy(x), rows) for x in (policy.params, own))
             each = fn(old / c.sampling.temperature, new / c.sampling.temperature)
             return masking.keep(each, loss_mask(rows)[:, window]).sum() / tokens
 
-        return over_rows(part)
+        return over_rows(part, among)
 
     def crossed(old: Array, new: Array) -> Array:
         return -(jax.nn.softmax(old) * jax.nn.log_softmax(new)).sum(-1)
 
-    divergence = of_logits(kl.exact)
-    params, metrics = natural_step(config, policy.params, surrogate, of_logits(crossed), divergence)
+    divergence = of_logits(kl.exact, everything)
+    params, metrics = natural_step(config, policy.params, surrogate, of_logits(crossed, some), divergence)
     found = {"policy_loss": surrogate(policy.params), "approx_kl": divergence(params)}
     return dataclasses.replace(policy, step=policy.step + 1, params=params), metrics | found
