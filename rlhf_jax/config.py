@@ -20,6 +20,7 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
+from rlhf_jax.algorithms.comparisons import check_earlier
 from rlhf_jax.algorithms.context import MAKERS, Role, StageConfig, check_field
 from rlhf_jax.algorithms.made_rows import named_stages
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
@@ -28,6 +29,7 @@ from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import Hosts
 from rlhf_jax.interop.pretrained import ModelConfig, Scratch
+from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
@@ -85,6 +87,7 @@ def validate(experiment: Experiment, devices: int) -> None:
             if made not in MAKERS[role]:
                 fit = " or ".join(map(_a, MAKERS[role]))
                 raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes {_a(made)}")
+        check_earlier(name, experiment.stages)
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(
@@ -134,6 +137,17 @@ def check_stage_inputs(name: str, stage: StageConfig, data: Data) -> None:
         stage.check_inputs(data)
     except UserError as error:
         raise UserError(f"stages.{name}.{error}") from None
+
+
+def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError, one line that names the stage's field, for what a stage misses in the tokenizer."""
+    if tokenizer is None:
+        return
+    for name, stage in experiment.stages.items():
+        try:
+            stage.check_tokenizer(tokenizer)
+        except UserError as error:
+            raise UserError(f"stages.{name}.{error}") from None
 
 
 def _check_tokenizer_texts(data: Data) -> None:

@@ -40,7 +40,15 @@ from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.checkpoint import KEPT
-from rlhf_jax.config import Experiment, check_inputs, check_stage_inputs, differences, to_dict, validate
+from rlhf_jax.config import (
+    Experiment,
+    check_inputs,
+    check_stage_inputs,
+    check_tokenizer,
+    differences,
+    to_dict,
+    validate,
+)
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.models import lora
 from rlhf_jax.provenance import provenance, versions
@@ -214,6 +222,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             wandb=experiment.wandb,
             ensembles=reward_model.ensembles(experiment.stages),
         )
+        check_tokenizer(experiment, context.model.tokenizer)
         for name, stage in experiment.stages.items():
             with records.timed(name, stage_seconds):
                 _run_stage(name, stage, context)

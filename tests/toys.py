@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.algorithms.context import Context, Kind, Role, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, named
 from rlhf_jax.checkpoint import load_params, save_params
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews
@@ -35,7 +35,7 @@ class ToyModel:
 
 
 @dataclass(frozen=True)
-class ToyStage:
+class ToyStage(Stage):
     """A toy stage."""
 
     steps: int = 3

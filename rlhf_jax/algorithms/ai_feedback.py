@@ -20,6 +20,7 @@ from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.preferences import accuracy_interval
+from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.numerics import require
 from rlhf_jax.rewards.judging import Ask, Judge, LocalJudge, Pair, Verdict, verdicts
 from rlhf_jax.rewards.sentiment import GoldClassifier
@@ -72,6 +73,15 @@ class Config(Prompting):
         check_prompts(self, data, labelled=False)
         check_field("constitution", lambda: read_constitution(self.constitution))
 
+    @property
+    def asked_by(self) -> tuple[str, ...]:
+        """The principles, in words."""
+        return self.principles or tuple(one.preference for one in read_constitution(self.constitution))
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """The judge's letters, and whether its questions fit."""
+        pair_judges.check(self.judge, tokenizer, principles=self.asked_by, completion_tokens=self.completion_tokens)
+
     def lengths(self) -> dict[str, int]:
         """What is sampled, and what the judge reads."""
         judge = {"judge.length": self.judge.length} if isinstance(self.judge, LocalJudge) else {}
@@ -86,7 +96,7 @@ class Config(Prompting):
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Sample, judge, write the pairs; the figures are for summary.json."""
     rows = load_prompts(config, context, name).train[: config.prompts]
-    principles = config.principles or [one.preference for one in read_constitution(config.constitution)]
+    principles = config.asked_by
     drawn = [principles[i] for i in context.rng(f"{name}/principles").integers(len(principles), size=len(rows))]
     complete, judge = _completions(config, context, name), pair_judges.of(config.judge, context, name)
 
@@ -108,7 +118,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     return figures | pair_judges.costs(judge)
 
 
-_READINGS = ("as_a", "as_b", "unread")
+_READINGS = ("as_a", "as_b", "unread", "cut")
 
 
 def _completions(config: Config, context: Context, name: str) -> Callable[[int, Sequence[PromptRow]], list[str]]:
@@ -136,7 +146,7 @@ def _judged(config: Config, judge: Ask, pairs: Sequence[tuple[PromptRow, str, st
     """A row a pair, the better completion chosen."""
     asked = [Pair(principle, row.text, a, b) for row, principle, a, b in pairs]
     rows = []
-    for (row, principle, a, b), verdict in zip(pairs, verdicts(config.judge.template, judge, asked), strict=True):
+    for (row, principle, a, b), verdict in zip(pairs, verdicts(judge, asked), strict=True):
         p = verdict.probability
         chosen, rejected = (a, b) if p >= 0.5 else (b, a)
         rows.append(
@@ -154,6 +164,7 @@ def _figures(rows: made_rows.Rows) -> dict[str, float]:
         "flipped": float(np.mean([verdict.is_flipped for verdict in verdicts])),
         "chose_a": float(np.mean([(verdict.as_a + 1 - verdict.as_b) / 2 for verdict in verdicts])),
         "unread": int(sum(row["unread"] for row in rows)),
+        "questions_cut": int(sum(row["cut"] for row in rows)),
     }
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -13,6 +13,7 @@ from rlhf_jax import hosts
 from rlhf_jax.algorithms.context import (
     Context,
     Role,
+    StageConfig,
     check_field,
     check_positive,
     check_prompt_tokens,
@@ -135,7 +136,7 @@ def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
     folder = context.stage_dir(name) / "data"
     damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
     if damaged is not None:
-        Progress(name, 0).note(f"{name}: {damaged}")
+        Progress(name, 0).note(f"{name}: {damaged} and made again")
     if not hosts.from_writer(lambda: preferences.exists(folder)):
         splits = _sample(pairs, context, name)
         hosts.from_writer(lambda: preferences.write(folder, splits))
@@ -146,19 +147,40 @@ def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
     return Comparisons(train, splits["heldout"], completions, math.comb(completions, 2), counts)
 
 
+def check_earlier(name: str, stages: Mapping[str, StageConfig]) -> None:
+    """Raise UserError where a stage names an earlier one's pairs that does not sample such, or holds fewer out."""
+    pairs = vars(stages[name]).get("pairs")
+    if not isinstance(pairs, SampledPairs):
+        return
+    for i, stage in enumerate(pairs.earlier):
+        theirs = vars(stages[stage]).get("pairs")
+        if not isinstance(theirs, SampledPairs):
+            raise UserError(
+                f"stages.{name}.pairs.earlier[{i}]: {stage!r} samples no pairs: its own are no SampledPairs"
+            )
+        _check_apart(f"stages.{name}", pairs, stage, theirs.heldout_prompts)
+
+
+def _check_apart(where: str, pairs: SampledPairs, stage: str, apart: int) -> None:
+    if pairs.heldout_prompts > apart:
+        raise UserError(
+            f"{where}.pairs.heldout_prompts={pairs.heldout_prompts}: {stage!r} holds {apart} out and has trained "
+            f"on other reviews, so at most {apart}"
+        )
+
+
 def _earlier(pairs: SampledPairs, context: Context, name: str, stage: str) -> Sequence[PreferenceGroup]:
     """What another stage has sampled to train on; UserError where that is not there, or too long."""
     folder, where = context.stage_dir(stage) / "data", f"stages.{name}.pairs.earlier"
     damaged = hosts.from_writer(lambda: preferences.set_aside_if_damaged(folder))
     if not hosts.from_writer(lambda: preferences.exists(folder)):
-        raise UserError(f"{where}: {damaged or f'the stage {stage!r} has sampled no pairs: {folder} is not there'}")
-    splits = preferences.read(folder)
-    groups, apart = splits["train"], len(splits["heldout"])
-    if pairs.heldout_prompts > apart:
         raise UserError(
-            f"stages.{name}.pairs.heldout_prompts={pairs.heldout_prompts}: {stage!r} holds {apart} out and has trained "
-            f"on other reviews, so at most {apart}"
+            f"{where}: {damaged or f'{folder}, the pairs of {stage!r}, is not there'}: remove "
+            f"{context.stage_dir(stage) / 'summary.json'} and run again; {stage!r} then samples the same once more"
         )
+    splits = preferences.read(folder)
+    groups = splits["train"]
+    _check_apart(f"stages.{name}", pairs, stage, len(splits["heldout"]))
     longest = max(group.longest for group in groups)
     if longest > pairs.length:
         raise UserError(f"{where}: {stage!r} has rows of {longest} tokens; prompt and completion have {pairs.length}")

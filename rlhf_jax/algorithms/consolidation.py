@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import losses, models, sharding
+from rlhf_jax import digests, hosts, losses, models, sharding
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.checkpoint import damage, load_params, save_params
 from rlhf_jax.data.text import sentence_rows
 from rlhf_jax.logprobs import next_token_logps
 from rlhf_jax.losses.regularizers import fisher_diagonal
 from rlhf_jax.masking import keep
+from rlhf_jax.metrics import Progress
 from rlhf_jax.models import lora
 from rlhf_jax.numerics import require
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Params
@@ -57,7 +58,11 @@ class Anchor:
 def anchored(config: Consolidation, context: Context, name: str, start: Params) -> Anchor:
     """The policy that a stage starts from, with F: read from `<stage>/fisher`, or found and written there."""
     folder = context.stage_dir(name) / FOLDER
-    if damage(folder) is not None:
+    wrong = damage(folder)
+    if wrong is not None:
+        if hosts.from_writer(folder.exists):
+            aside = hosts.from_writer(lambda: digests.set_aside(folder))
+            Progress(name, 0).note(f"{name}: {wrong}; it is set aside as {aside} and found again")
         save_params(folder, fisher(config, context, name, start))
     return Anchor(start, load_params(folder, shapes(start)))
 

@@ -70,6 +70,18 @@ class StageConfig(Protocol):
         """Raise UserError, which begins with the field, for rows of its own or the experiment's that it cannot use."""
         ...
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError, which begins with the field, for what it asks of the model's tokenizer that this has not."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What most stages' configs say of what validation asks."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Nothing: any will do."""
+
 
 @dataclass(frozen=True)
 class Context:

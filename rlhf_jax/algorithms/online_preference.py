@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import hosts, kl, losses, masking
-from rlhf_jax.algorithms import critic_free, iterations, onpolicy, truncation
+from rlhf_jax.algorithms import critic_free, onpolicy
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.critic_free import CriticFree
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
@@ -224,11 +224,7 @@ class Algorithm(CriticFree):
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
-    tokenizer, cut_ids = context.tokenizer, truncation.token_ids(config.truncate, context.tokenizer)
-    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    algorithm = Algorithm(config, context.spec, **ends, cut_ids=cut_ids)
-    places = iterations.places(config.placement, context)
-    figures = onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
+    figures = onpolicy.train(config, context, name, Algorithm, initial_state)
     tied = hosts.from_writer(lambda: tied_groups(config, context, name))
     return {**figures, "pairs": config.steps * (config.batch_size // config.group_size) - tied, "pairs_tied": tied}
 

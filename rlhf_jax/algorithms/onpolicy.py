@@ -1,17 +1,18 @@
 """What every on-policy stage shares around its algorithm: fields, rewards, the loop, the reading before and after."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import guard, hosts
-from rlhf_jax.algorithms import pair_judges
+from rlhf_jax.algorithms import iterations, pair_judges, truncation
 from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
-from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Places, Whole, ensemble_of, texts
+from rlhf_jax.algorithms.iterations import Algorithm, Iterations, Phases, Whole, ensemble_of, texts
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Completing, Prompting, check_prompts, load_prompts, prompt_batches
 from rlhf_jax.algorithms.truncation import Truncation
@@ -21,6 +22,7 @@ from rlhf_jax.data.sources import Data
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.bootstrap import interval, mean_of
 from rlhf_jax.evals.policy import Judge, Row, Scorer, compare, write_samples
+from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.numerics import require
@@ -95,6 +97,15 @@ class Rewarded(Completing):
         judge = self.local_judge
         return super().lengths() | ({} if judge is None else {"reward.judge.length": judge.length})
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """What a judge of the run asks of it."""
+        if isinstance(self.reward, JudgeReward):
+            try:
+                asked = {"principles": (self.reward.principle,), "completion_tokens": self.completion_tokens}
+                pair_judges.check(self.reward.judge, tokenizer, **asked)
+            except UserError as error:
+                raise UserError(f"reward.{error}") from None
+
     @property
     def judge_rows(self) -> dict[str, int]:
         """Questions that a judge of the run reads at once, by their field."""
@@ -166,6 +177,11 @@ class OnPolicyConfig(Rewarded):
         beside = {} if self.network is None else named("scorer", **{"network.stage": self.network.stage})
         return super().requires() | beside
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """That the vocabulary has the token to cut at, too."""
+        super().check_tokenizer(tokenizer)
+        truncation.token_ids(self.truncate, tokenizer)
+
     @property
     def max_weight(self) -> float | None:
         """Largest importance weight of a token, where rollouts are made ahead; None where they are the policy's own."""
@@ -205,21 +221,30 @@ def zero_head(spec: ModelSpec) -> Params:
     return {"kernel": jnp.zeros((spec.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
 
 
-def train(algorithm: Algorithm, state: Any, context: Context, places: Places, name: str) -> dict[str, Any]:
+def train(
+    config: OnPolicyConfig,
+    context: Context,
+    name: str,
+    make: Callable[..., Algorithm],
+    first: Callable[[Any, Context, str], Any],
+) -> dict[str, Any]:
     """All iterations, then what the first and the last policy write; the figures are for summary.json.
 
-    The state is on the sub-mesh that improves.
+    `make` is the algorithm's class, and `first(algorithm, context, name)` its state before training.
     """
-    config = algorithm.config
+    tokenizer, places = context.tokenizer, iterations.places(config.placement, context)
+    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    algorithm = make(config, context.spec, **ends, cut_ids=truncation.token_ids(config.truncate, tokenizer))
+    state = first(algorithm, places.training, name)
     prompts, judged_by = load_prompts(config, context, name), judges(config, context)
     with reader(config, context, name) as scorer:
         run = Whole if config.placement == Colocated() else Phases
         fixed = algorithm.frozen(places.sampling, name)
-        iterations = run(algorithm, state, places, fixed, scorer)
+        turns = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
-        state = fit(algorithm, iterations, state, prompts, context, name, judged_by)
-        fixed, last = iterations.readers(state)
         judge = scorer if isinstance(scorer, GroupJudge) else None  # who compares, and has no score for one completion
+        state = fit(algorithm, turns, state, prompts, context, name, judged_by, judge)
+        fixed, last = turns.readers(state)
         before, after = evaluate(
             Drawing(
                 config.prompt_length,
@@ -239,9 +264,9 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
             cut=None if config.truncate is None else algorithm.cut,
             network=None if config.network is None else (config.network, fixed.network(fixed.reward)),
         )
-        preferred = (
-            {} if judge is None else {**win_rate(judge, prompts.heldout, before, after), **pair_judges.costs(judge.ask)}
-        )
+        preferred = {} if judge is None else win_rate(judge, prompts.heldout, before, after)
+        said = {} if judge is None else hosts.from_writer(lambda: mean(context, name, "judge_unread", "judge_cut"))
+        paid = {} if judge is None else pair_judges.costs(judge.ask)
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
     deviations = hosts.from_writer(lambda: largest(context, name, "ratio_deviation", "sampling_deviation"))
@@ -249,6 +274,8 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
     return {
         **compare(before, after),
         **preferred,
+        **said,
+        **paid,
         **deviations,
         **counts,
         **guard.figures(state),
@@ -264,6 +291,7 @@ def fit(
     context: Context,
     name: str,
     judges: Mapping[str, Judge],
+    judge: GroupJudge | None,
 ) -> Any:
     """The iterations from the newest checkpoint on; returns what the last one left, its policy written."""
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
@@ -282,6 +310,8 @@ def fit(
             held, metrics, rollout = iterations(held, batches, last=step == config.steps)
             if "gold" in judges:
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)[config.own_rows]).mean()
+            if judge is not None:
+                metrics |= judge.metrics()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
     finish(context, name, held.final)
@@ -335,3 +365,9 @@ def largest(context: Context, name: str, *metrics: str) -> dict[str, float]:
     """The largest value of each metric over a stage's steps, those of earlier sessions included."""
     lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
     return {metric: max(line[metric] for line in lines) for metric in metrics}
+
+
+def mean(context: Context, name: str, *metrics: str) -> dict[str, float]:
+    """The mean of each metric over those of a stage's steps that have it, those of earlier sessions included."""
+    lines = [line for line in read_jsonl(context.workdir / "metrics.jsonl") if line["stage"] == name]
+    return {metric: float(np.mean([line[metric] for line in lines if metric in line])) for metric in metrics}

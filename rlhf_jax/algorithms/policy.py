@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax import advantages, importance, kl, losses, masking
-from rlhf_jax.algorithms import critic_free, iterations, onpolicy, truncation, trust_region
+from rlhf_jax.algorithms import critic_free, onpolicy, trust_region
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.algorithms.critic_free import CriticFree
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
@@ -321,11 +321,7 @@ class Algorithm(CriticFree):
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
-    tokenizer, cut_ids = context.tokenizer, truncation.token_ids(config.truncate, context.tokenizer)
-    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    algorithm = Algorithm(config, context.spec, **ends, cut_ids=cut_ids)
-    places = iterations.places(config.placement, context)
-    return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
+    return onpolicy.train(config, context, name, Algorithm, initial_state)
 
 
 def initial_state(algorithm: Algorithm, context: Context, name: str) -> PolicyState:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
-from rlhf_jax.algorithms import iterations, onpolicy, replay, truncation
+from rlhf_jax.algorithms import onpolicy, replay
 from rlhf_jax.algorithms.context import Context, Role, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
@@ -244,11 +244,7 @@ class Algorithm(PolicyGradient):
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Train the policy; the figures are for summary.json."""
-    tokenizer, cut_ids = context.tokenizer, truncation.token_ids(config.truncate, context.tokenizer)
-    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    algorithm = Algorithm(config, context.spec, **ends, cut_ids=cut_ids)
-    places = iterations.places(config.placement, context)
-    return onpolicy.train(algorithm, initial_state(algorithm, places.training, name), context, places, name)
+    return onpolicy.train(config, context, name, Algorithm, initial_state)
 
 
 def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:

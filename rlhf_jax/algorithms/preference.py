@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from rlhf_jax import guard, hosts, models, sharding
 from rlhf_jax.algorithms import comparisons, preference_heldout, thumbs
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
-from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_positive, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.preference_heldout import HeldOut
@@ -49,7 +49,7 @@ Step = Callable[..., tuple["State", dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Stage):
     """A policy from judged completions."""
 
     init: str = "sft"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rlhf_jax.algorithms.context import Context, check_field, check_positive, check_prompt_tokens
+from rlhf_jax.algorithms.context import Context, Stage, check_field, check_positive, check_prompt_tokens
 from rlhf_jax.data import formats
 from rlhf_jax.data.encoding import Selected
 from rlhf_jax.data.formats import Prompt
@@ -20,7 +20,7 @@ from rlhf_jax.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Prompting:
+class Prompting(Stage):
     """Fields of a stage that say which prompts its policy completes."""
 
     data: Source | None = None

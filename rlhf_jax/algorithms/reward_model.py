@@ -18,7 +18,7 @@ import numpy as np
 from rlhf_jax import guard, hosts, models, sharding
 from rlhf_jax.algorithms import comparisons, reward_data
 from rlhf_jax.algorithms.comparisons import SampledPairs, Ties
-from rlhf_jax.algorithms.context import Context, Kind, Role, StageConfig, check_field, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, StageConfig, check_field, check_positive, named
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.reward_data import ORDERS, ComparedRows, JudgedRows, normalized
 from rlhf_jax.algorithms.reward_losses import LOSSES, Loss, first_thresholds, of_heads
@@ -38,7 +38,7 @@ from rlhf_jax.types import Key, Params, TrainState
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Stage):
     """A reward model from comparisons of completions."""
 
     init: str = "sft"

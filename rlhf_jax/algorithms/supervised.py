@@ -10,7 +10,7 @@ import grain
 import jax
 
 from rlhf_jax import guard, losses, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, Role, check_field, check_positive
+from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_field, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.sources import Data
@@ -26,7 +26,7 @@ from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, TrainState
 
 
 @dataclass(frozen=True)
-class SupervisedConfig:
+class SupervisedConfig(Stage):
     """Fields of every stage that trains a language model on text."""
 
     steps: int = 200

@@ -124,7 +124,7 @@ def exists(folder: Path) -> bool:
 def set_aside_if_damaged(folder: Path) -> str | None:
     """Rename what `write` finished here if a file is not as it was written; returns a line that says so, or None."""
     wrong = digests.damage(_dataset_folder(folder)) if exists(folder) else None
-    return wrong and f"{wrong}; the comparisons are set aside as {digests.set_aside(folder / _NAME)} and made again"
+    return wrong and f"{wrong}; the comparisons are set aside as {digests.set_aside(folder / _NAME)}"
 
 
 def read(folder: Path) -> dict[str, Sequence[PreferenceGroup]]:

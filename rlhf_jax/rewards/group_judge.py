@@ -6,12 +6,13 @@ Shapes: g prompts, k completions of each, beside each other.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from rlhf_jax.rewards.host import HostFunction, Texts
-from rlhf_jax.rewards.judging import Ask, Judge, LocalJudge, Pair, verdicts
+from rlhf_jax.rewards.judging import Ask, Judge, LocalJudge, Pair, Verdict, verdicts
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class GroupJudge:
 
     def __init__(self, reward: JudgeReward, ask: Ask, *, size: int) -> None:
         """`ask` is the judge, and `size` a group's; every process of the run asks it for all rows."""
-        self._reward, self.ask, self._size = reward, ask, size
+        self._reward, self.ask, self._size, self._verdicts = reward, ask, size, list[Verdict]()
 
     def __call__(self, rows: Sequence[Texts]) -> Float[np.ndarray, " b"]:
         """One score a row, in [0, 1]; those of a pair are p and 1 − p."""
@@ -50,4 +51,14 @@ class GroupJudge:
     def better(self, pairs: Sequence[tuple[Texts, Texts]]) -> Float[np.ndarray, " n"]:
         """The probability of each pair's first completion to be the better one; 0.5 where the judge says nothing."""
         asked = [Pair(self._reward.principle, one.prompt, one.completion, other.completion) for one, other in pairs]
-        return np.asarray([v.probability for v in verdicts(self._reward.judge.template, self.ask, asked)])
+        found = verdicts(self.ask, asked)
+        self._verdicts += found
+        return np.asarray([verdict.probability for verdict in found])
+
+    def metrics(self) -> dict[str, Any]:
+        """Of the questions since it was last asked for them, the share whose answer was neither letter, and of those
+        whose prompt lost its start; nothing where there were none.
+        """
+        found, self._verdicts = self._verdicts, []
+        names = {"judge_unread": [v.unread for v in found], "judge_cut": [v.cut for v in found]}
+        return {name: sum(counts) / (2 * len(found)) for name, counts in names.items()} if found else {}

@@ -36,7 +36,7 @@ class LocalJudge:
     template: str = TEMPLATE
     """The question, with {principle}, {prompt}, {first} and {second}; by the chat template where there is one."""
     length: int = 512
-    """Most tokens of a question; a longer one is an error."""
+    """Most tokens of a question, two whole completions among them; of a longer one the prompt loses its start."""
     batch_size: int = 16
     """Questions read at once."""
 
@@ -68,9 +68,6 @@ class EndpointJudge:
 
 Judge = LocalJudge | EndpointJudge
 
-Ask = Callable[[Sequence[str]], list[float | None]]
-"""P(A) of each question; None where the answer is neither letter."""
-
 
 class Pair(NamedTuple):
     """Two completions of a prompt, and by what they are judged."""
@@ -79,6 +76,28 @@ class Pair(NamedTuple):
     prompt: str
     first: str
     second: str
+
+    @property
+    def swapped(self) -> "Pair":
+        """In the other order."""
+        return self._replace(first=self.second, second=self.first)
+
+    def question(self, template: str) -> str:
+        """What is asked of it."""
+        return ask(template, **self._asdict())
+
+
+class Said(NamedTuple):
+    """The answer to one question."""
+
+    a: float | None
+    """P(A); None where the answer was neither letter."""
+    is_cut: bool = False
+    """Whether the question was asked without the start of its prompt."""
+
+
+Ask = Callable[[Sequence[Pair]], list[Said]]
+"""What is said of each pair, the first completion standing as A."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,8 @@ class Verdict:
     """P(B) where it stood as B."""
     unread: int = 0
     """Answers, of the two, that were neither letter."""
+    cut: int = 0
+    """Questions, of the two, whose prompt lost its start."""
 
     @property
     def probability(self) -> float:
@@ -103,17 +124,17 @@ class Verdict:
         return (self.as_a - 0.5) * (self.as_b - 0.5) < 0
 
 
-def verdicts(template: str, judge: Ask, pairs: Sequence[Pair]) -> list[Verdict]:
+def verdicts(judge: Ask, pairs: Sequence[Pair]) -> list[Verdict]:
     """What a judge makes of each pair."""
-    questions = [
-        ask(template, principle=pair.principle, prompt=pair.prompt, first=first, second=second)
-        for pair in pairs
-        for first, second in ((pair.first, pair.second), (pair.second, pair.first))
-    ]
-    answers = judge(questions)
+    said = judge([ordered for pair in pairs for ordered in (pair, pair.swapped)])
     return [
-        Verdict(0.5 if one is None else one, 0.5 if other is None else 1 - other, (one is None) + (other is None))
-        for one, other in zip(answers[::2], answers[1::2], strict=True)
+        Verdict(
+            0.5 if one.a is None else one.a,
+            0.5 if other.a is None else 1 - other.a,
+            unread=(one.a is None) + (other.a is None),
+            cut=one.is_cut + other.is_cut,
+        )
+        for one, other in zip(said[::2], said[1::2], strict=True)
     ]
 
 

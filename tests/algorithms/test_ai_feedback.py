@@ -57,6 +57,7 @@ def test_a_model_judges_by_its_next_token_in_both_orders(context):
         once = first_is_better(row, row["chosen"], row["rejected"])
         turned = 1 - first_is_better(row, row["rejected"], row["chosen"])
         assert row["probability"] == pytest.approx((once + turned) / 2, abs=1e-5) and row["probability"] >= 0.5
+    assert figures["questions_cut"] == 0
     assert figures["confidence"] == pytest.approx(np.mean([row["probability"] for row in made]))
     assert figures["agreement_low"] < figures["agreement"] < figures["agreement_high"]
 
@@ -132,8 +133,8 @@ def test_what_cannot_be_is_one_line(context, tmp_path):
         with pytest.raises(ValueError, match=said):
             ai_feedback.Config(**{**CONFIG, **changes})
     long = ai_feedback.Config(**CONFIG, judge=LocalJudge("sft", length=20))
-    with pytest.raises(UserError, match=r"judge.length=20: a question has \d+ tokens: 'good\?|kind\?"):
-        ai_feedback.train(long, context, "feedback")
+    with pytest.raises(UserError, match=r"^judge.length=20 must hold a question of \d+ tokens"):
+        long.check_tokenizer(context.tokenizer)
     for content, said in (
         (None, "No such file"), ("{", "not JSON"), ("[]", "a constitution is a list of objects with critique"),
         ('[{"critique": "c", "revision": "r"}]', "principle 1 has no text 'preference'"),

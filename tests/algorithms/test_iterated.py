@@ -81,6 +81,20 @@ def test_pairs_of_a_stage_that_is_no_reward_model_are_refused():
         validate(experiment(stages), 1)
 
 
+def test_earlier_pairs_that_will_not_be_there_are_told_before_anything_runs():
+    sampled, of_file = reward_model.Config(pairs=SampledPairs(heldout_prompts=50)), reward_model.Config(pairs=ROWS)
+    for pairs, first, message in (
+        (SampledPairs(earlier=("reward_model", "first")), of_file, r"pairs.earlier\[1\]: 'first' samples no pairs"),
+        (
+            SampledPairs(earlier=("first",), heldout_prompts=60),
+            sampled,
+            "pairs.heldout_prompts=60: 'first' holds 50 out",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"stages.again.{message}"):
+            validate(experiment({"first": first, "again": reward_model.Config(pairs=pairs)}), 1)
+
+
 def groups(word, count, completions=2):
     tokens = tuple((i + 3,) * 4 for i in range(completions))
     judged = tuple((0, i) for i in range(1, completions))
@@ -106,12 +120,17 @@ def test_a_stage_trains_on_the_pairs_of_earlier_ones_and_is_evaluated_on_its_own
         comparisons.sample(short, context, "own")
     with pytest.raises(UserError, match=r"stages.own.pairs.heldout_prompts=2: 'first' holds 1 out"):
         comparisons.sample(SampledPairs(earlier=("first",), heldout_prompts=2), context, "own")
-    with pytest.raises(UserError, match=r"stages.own.pairs.earlier: the stage 'third' has sampled no pairs"):
+    with pytest.raises(
+        UserError, match=r"earlier: .*third/data, the pairs of 'third', is not there: remove .*third/su"
+    ):
         comparisons.sample(SampledPairs(earlier=("third",)), context, "own")
     record = next((tmp_path / "second" / "data").rglob("*train*array_record*"))
     record.write_bytes(record.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"stages.own.pairs.earlier: .*second.* set aside"):
-        comparisons.sample(pairs, context, "own")
+    for told in ("bytes, not .* set aside as .*", "is not there"):  # and the same again, where nothing was done
+        with pytest.raises(
+            UserError, match=rf"stages.own.pairs.earlier: .*{told}: remove .*second/summary.json and run"
+        ):
+            comparisons.sample(pairs, context, "own")
 
 
 @pytest.mark.parametrize("name", ["sentiment_online_dpo", "sentiment_iterated"])

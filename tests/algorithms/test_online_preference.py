@@ -17,8 +17,9 @@ from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Whole
 from rlhf_jax.algorithms.online_preference import METHODS, Config
 from rlhf_jax.algorithms.preference_losses import Term
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.checkpoint import save_params
-from rlhf_jax.config import Experiment, from_dict, to_dict, validate
+from rlhf_jax.config import Experiment, check_tokenizer, from_dict, to_dict, validate
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import Bundled, Pretrained
@@ -32,7 +33,8 @@ from rlhf_jax.report.labels import LABELS
 from rlhf_jax.rewards.endpoint import Endpoint
 from rlhf_jax.rewards.group_judge import GroupJudge, JudgeReward
 from rlhf_jax.rewards.host import Texts
-from rlhf_jax.rewards.judging import EndpointJudge, LocalJudge
+from rlhf_jax.rewards.judging import EndpointJudge, LocalJudge, Pair, Said
+from rlhf_jax.rewards.local_judge import local_judge
 from rlhf_jax.rewards.shaping import Shaping
 from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import MeshConfig, single_device_mesh
@@ -255,14 +257,15 @@ def test_a_judge_scores_a_completion_by_all_others_of_its_group():
     values = {"good": 3.0, "fair": 1.0, "bad": 0.0, "mute": 0.0}
     asked = []
 
-    def ask(questions):
-        asked.extend(questions)
-        found = []
-        for question in questions:
-            _, first, second = re.fullmatch(r"fine\?<(.*)\|(.*)\|(.*)>", question).groups()
-            likes_a = 1 / (1 + math.exp(values[second] - values[first] - 1))  # minds the order
-            found.append(None if "mute" in question else likes_a)
-        return found
+    def ask(pairs):
+        asked.extend(pair.question(TEMPLATE) for pair in pairs)
+        likes_a = [
+            1 / (1 + math.exp(values[pair.second] - values[pair.first] - 1)) for pair in pairs
+        ]  # minds the order
+        return [
+            Said(None if "mute" in (pair.first, pair.second) else p, is_cut="good" in (pair.first, pair.second))
+            for pair, p in zip(pairs, likes_a, strict=True)
+        ]
 
     judge = GroupJudge(JudgeReward(LocalJudge(template=TEMPLATE), principle="fine?"), ask, size=3)
     rows = [Texts("p", text, {}) for text in ("bad", "good", "fair", "mute", "fair", "bad")]
@@ -277,6 +280,7 @@ def test_a_judge_scores_a_completion_by_all_others_of_its_group():
         wanted += [np.mean([better(a, b) for b in group if b != a]) for a in group]
     np.testing.assert_allclose(judge(rows), wanted, atol=1e-6)
     assert len(asked) == 12 and asked[:2] == ["fine?<p|bad|good>", "fine?<p|good|bad>"]
+    assert judge.metrics() == {"judge_unread": 4 / 12, "judge_cut": 4 / 12} and judge.metrics() == {}
 
 
 def served(body):
@@ -323,6 +327,44 @@ def test_a_model_of_the_run_judges_and_a_group_method_may_learn_from_it(context,
     assert 0 < figures["win_rate"] < 1
     [line] = read_jsonl(context().workdir / "metrics.jsonl")
     assert line["score"] == pytest.approx(0.5, abs=1e-6)
+    assert line["judge_unread"] == figures["judge_unread"] == 0 and line["judge_cut"] == figures["judge_cut"] == 0
+
+
+def test_a_question_that_is_too_long_loses_the_start_of_its_prompt_and_stops_no_run(params, rows):
+    """What is judged then is the question about the prompt's end; without any prompt too long, it is not read."""
+    tokenizer, mesh = rows[1], single_device_mesh()
+    judges = [
+        local_judge(LocalJudge("base", TEMPLATE, length, 2), SPEC, mesh, tokenizer, params) for length in (60, 100)
+    ]
+    words = " ".join(["a quiet film about seven old friends"] * 6)
+    whole = Pair("fine?", words, "never meet", "meet again")
+    bare = len(tokenizer.encode(whole._replace(prompt="").question(TEMPLATE) + "\n\nAnswer:")) + 1
+    [cut] = judges[0]([whole])
+    kept = tokenizer.encode(words)[-(60 - bare) :]
+    wanted = [judges[1]([whole._replace(prompt=tokenizer.decode(kept[i:]))])[0] for i in range(4)]
+    assert cut.is_cut and not wanted[0].is_cut and any(cut.a == pytest.approx(one.a, abs=1e-6) for one in wanted)
+    long = whole._replace(first=words, second=words)
+    assert judges[0]([long, whole, long]) == [Said(None, True), cut, Said(None, True)]
+
+
+def test_what_a_tokenizer_lacks_is_told_before_a_stage_begins(rows):
+    """By the run, once the model is there: a letter, a full stop, room for two whole completions."""
+    tokenizer, questions = rows[1], JudgeReward(LocalJudge("base", TEMPLATE, length=30))
+    make(reward=JudgeReward(LocalJudge("base", TEMPLATE, length=100))).check_tokenizer(tokenizer)
+    asked = len(tokenizer.encode(f"{questions.principle}<||>\n\nAnswer:")) + 1
+    told = {
+        rf"^stages.online.reward.judge.length=30 must hold a question of {asked} tokens.*: at least {asked + 2 * N}$": (
+            make(reward=questions)
+        ),
+        r"^stages.online.truncate.at: no token of the vocabulary is '!'$": make(truncate=Truncation("!", after=2)),
+    }
+    for message, stage in told.items():
+        whole = Experiment(model=Bundled(), data=rows[0], stages={"online": stage})
+        with pytest.raises(UserError, match=message):
+            check_tokenizer(whole, tokenizer)
+    plain = train_sentencepiece(["ab ba"] * 40, vocab_size=264)
+    with pytest.raises(UserError, match="^reward.judge: the tokenizer has no token of its own for the answer 'A'"):
+        make(reward=questions).check_tokenizer(plain)
 
 
 BAD = [

@@ -41,7 +41,7 @@ def start_of(context):
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), context.policy_params("base"))
 
 
-def test_fisher_is_the_mean_square_of_each_texts_own_gradient(context):
+def test_fisher_is_the_mean_square_of_each_texts_own_gradient(context, capsys):
     start = start_of(context)
     anchor = consolidation.anchored(EWC, context, "ppo", start)
     texts = context.reviews.train
@@ -64,7 +64,10 @@ def test_fisher_is_the_mean_square_of_each_texts_own_gradient(context):
     again = consolidation.anchored(EWC, context, "ppo", changed)
     jax.tree.map(np.testing.assert_array_equal, again.fisher, anchor.fisher)
     (context.stage_dir("ppo") / "fisher" / "digests.json").write_text("{}")
+    assert "fisher" not in capsys.readouterr().err
     other = consolidation.anchored(EWC, context, "ppo", changed)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "ppo: " in told and "digests.json is no list of digests" in told and "fisher.damaged and found again" in told
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (other.fisher, anchor.fisher)), strict=True))
 
 
