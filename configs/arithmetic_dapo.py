@@ -5,7 +5,7 @@
     sums = [(a, b) for a in range(30) for b in range(30)]; random.shuffle(sums)
     for a, b in sums: print(json.dumps({'prompt': f'{a} + {b} =', 'completion': f' {a + b}', 'answer': a + b}))
     " > sums.jsonl
-    rlhf-jax run configs/arithmetic_dapo.py      (2 CPU cores, minutes; figures not measured yet)
+    rlhf-jax run configs/arithmetic_dapo.py      (2 CPU cores, minutes; figures of the method: experiments/methods)
 
 The last fifth of the rows is held out. A group whose eight answers are all right or all wrong teaches nothing and gives
 way to another prompt's. Other problems may stand in the file, with prompt, completion (for SFT) and answer (for the

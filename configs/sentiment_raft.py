@@ -4,12 +4,13 @@
 
 The reward model and the task are the quickstart's. Expected are the gold scores of a completion, over 128 held-out
 prefixes: of the SFT policy, and after each round. In the figures of each `sample` stage "before" is one completion of
-the policy that the round before has made, and "after" the best of 8; `afterwards` reads the last policy.
+the policy that the round before has made, and "after" the best of 8; `afterwards` reads the last policy
+beside the SFT policy.
 """
 
 from pathlib import Path
 
-from rlhf_jax.algorithms import best_of_n, sft
+from rlhf_jax.algorithms import best_of_n, compare, sft
 from rlhf_jax.algorithms.raft import raft
 from rlhf_jax.config import Experiment, load_config
 from rlhf_jax.data.reviews import MovieReviews
@@ -41,8 +42,8 @@ def get_config() -> Experiment:
                 ),
                 rounds=3,
             ),
-            "afterwards": best_of_n.Config(
-                policy="learn_3", reward="reward_model", n=2, prompts=8, batch_size=256, evaluation_prompts=128
+            "afterwards": compare.Config(
+                policy="learn_3", reward="reward_model", batch_size=256, evaluation_prompts=128
             ),
         },
     )

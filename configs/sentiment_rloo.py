@@ -1,6 +1,6 @@
 """The quickstart without a critic or a clip: SFT → reward model → RLOO.
 
-    rlhf-jax run configs/sentiment_rloo.py      (2 CPU cores, minutes; figures not measured yet)
+    rlhf-jax run configs/sentiment_rloo.py      (2 CPU cores, minutes; figures of the method: experiments/methods)
 
 Whole completions are the actions, and the mean score of a prompt's other completions is the baseline (Ahmadian et al.
 2024): one step an iteration, of all its completions.

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import run
+from rlhf_jax.algorithms import policy
+from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
+from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import MeshConfig
 from tests import toys
 from tests.toys import ToyModel, ToyReward, ToyStage, experiment
@@ -243,6 +247,12 @@ class TestRefuses:
         workdir.mkdir(parents=True)
         (workdir / "config.json").write_text(text)
         assert "config.json is damaged" in refused(workdir)
+
+    def test_what_the_tokenizer_lacks_before_any_stage_begins(self, workdir):
+        cut = policy.Config(policy="sft", reward=PatternMatch("e"), truncate=Truncation("ß!", after=2))
+        message = refused(workdir, model=Bundled(), stages={"sft": ToyStage(), "later": cut})
+        assert message == "stages.later.truncate.at: no token of the vocabulary is 'ß!'"
+        assert not (workdir / "trained.txt").exists()
 
     def test_figures_that_are_not_finite(self, workdir, monkeypatch):
         monkeypatch.setitem(run.STAGES, ToyStage, lambda *_: {"loss": float("nan")})

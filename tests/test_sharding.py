@@ -152,7 +152,7 @@ def pair_losses(name):
     batch = sharding.shard_batch(mesh, PreferenceBatch(tokens, mask, mask, pairs, ones, ones))
     params = jax.device_put(params, sharding.shardings(mesh, boxes))
     with sharding.scope(mesh):
-        loss, metrics = jax.jit(pair_loss(SPEC, config))(params, batch, {}, jax.random.key(0))
+        loss, metrics = jax.jit(pair_loss(SPEC, config))(params, batch, config.hyper, jax.random.key(0))
     return jax.device_get((loss.value, metrics["margin"].value))
 
 

@@ -99,13 +99,13 @@ def fisher(config: Consolidation, context: Context, name: str, start: Params) ->
         return jax.jit(program, out_shardings=layout)(start, context.base, context.replicated((tokens, mask)))
 
 
-def held(loss_fn: LossFn, config: Consolidation, anchor: Anchor) -> LossFn:
-    """A policy's loss with the penalty, whatever parts its batch is read in."""
+def held(loss_fn: LossFn, anchor: Anchor) -> LossFn:
+    """A policy's loss with the penalty, whose λ is `hyper["ewc_coef"]`, whatever parts its batch is read in."""
 
     def added(params: Params, batch: Any, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
         loss, metrics = loss_fn(params, batch, hyper, key)
         own = _like(params, anchor.params)
-        penalty = config.coef * losses.elastic_weight_consolidation(own, anchor.params, anchor.fisher)[0]
+        penalty = hyper["ewc_coef"] * losses.elastic_weight_consolidation(own, anchor.params, anchor.fisher)[0]
         total = loss.total + penalty * loss.count
         return Mean(total, loss.count), metrics | {"ewc_penalty": Mean(penalty * loss.count, loss.count)}
 

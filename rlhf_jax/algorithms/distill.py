@@ -34,11 +34,11 @@ from rlhf_jax.train_step import Step, compiled, make_train_step
 from rlhf_jax.types import Hyper, Key, Mean, Metrics, Params, Rollout, TrainState
 
 DIVERGENCES: dict[str, Callable[..., tuple[Array, dict[str, Array]]]] = {
-    "forward_kl": lambda logits, teacher, beta: losses.forward_kl(logits, teacher),
-    "reverse_kl": lambda logits, teacher, beta: losses.reverse_kl(logits, teacher),
-    "jensen_shannon": lambda logits, teacher, beta: losses.jensen_shannon(logits, teacher, beta=beta),
+    "forward_kl": lambda logits, teacher, hyper: losses.forward_kl(logits, teacher),
+    "reverse_kl": lambda logits, teacher, hyper: losses.reverse_kl(logits, teacher),
+    "jensen_shannon": lambda logits, teacher, hyper: losses.jensen_shannon(logits, teacher, beta=hyper["beta"]),
 }
-"""What a student is far from its teacher by, of the logits of both and β."""
+"""What a student is far from its teacher by, of the logits of both and the numbers of a state."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def distillation_loss(
     spec: ModelSpec, config: Config, teacher: Params, params: Params, batch: Rollout, hyper: Hyper, key: Key
 ) -> tuple[Mean, dict[str, Mean]]:
     """The divergence a completion token, and how often student and teacher think the same token the most probable."""
-    del hyper, key
+    del key
     window = slice(config.prompt_length, None)
     logits, routing = completion_logits(spec, config, params, batch)
     teacher_logits, _ = completion_logits(spec, config, jax.lax.stop_gradient(teacher), batch)
-    loss, _ = DIVERGENCES[config.divergence](logits, teacher_logits, config.beta)
+    loss, _ = DIVERGENCES[config.divergence](logits, teacher_logits, hyper)
     mask = batch.completion_mask[:, window]
     agree = (logits.argmax(-1) == teacher_logits.argmax(-1)).astype(jnp.float32)
     total, balance = with_load_balance(spec, masking.token_mean(loss, mask), routing, batch.mask)
@@ -118,7 +118,8 @@ def completion_logits(
 def start(config: Config, context: Context, name: str) -> tuple[TrainState, Step]:
     """The student at the start, and its compiled step of (state, completions, base, teacher)."""
     optimizer = config.optimizer.make(config.steps)
-    state = first_state(config.optimizer, context, name, context.policy_params(config.student), steps=config.steps)
+    params, hyper = context.policy_params(config.student), {"beta": config.beta}
+    state = first_state(config.optimizer, context, name, params, hyper, steps=config.steps)
 
     def step(state: TrainState, batch: Rollout, base: Params, teacher: Params) -> tuple[TrainState, Metrics]:
         loss_fn = partial(distillation_loss, context.spec, config, teacher)

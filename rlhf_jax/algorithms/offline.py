@@ -126,7 +126,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         name,
         begin=partial(start, config, context, name),
         batches=batches(train_rows, make, batch_size=size, seed=context.seed, shard=shard),
-        heldout=lambda state: means(method.whole(state, context.base)),
+        heldout=lambda state: means(method.whole(state, context.base), method.learner(state).hyper),
         note=selected.counts.line(),
     )
     if isinstance(method, Ilql):

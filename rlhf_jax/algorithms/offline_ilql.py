@@ -34,6 +34,9 @@ from rlhf_jax.numerics import exp_log_ratio, require
 from rlhf_jax.train_step import Step, compiled, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, TrainState
 
+_VARIED = ("gamma", "lam", "tau", "cql_coef", "target_share", "policy_coef", "policy_beta")
+"""The fields that steps read in `TrainState.hyper`, where a sweep may vary them."""
+
 
 @dataclass(frozen=True)
 class Ilql(Method):
@@ -82,7 +85,7 @@ class Ilql(Method):
         """Of `whole`."""
 
         def loss_fn(params: Params, batch: OfflineBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
-            del hyper, key
+            del key
             states, routing = models.hidden_and_routing(spec, params["trunk"], batch.tokens, batch.mask)
             before, actions, mask = states[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
             logps = keep(token_logps(models.unembed(spec, params["trunk"], before), actions), mask)
@@ -94,12 +97,12 @@ class Ilql(Method):
                 token_rewards(batch.numbers, no_kl, mask, kl_coef=0.0),
                 actions,
                 mask,
-                **{name: vars(self)[name] for name in ("gamma", "lam", "tau", "cql_coef")},
+                **{name: hyper[name] for name in ("gamma", "lam", "tau", "cql_coef")},
             )
-            weights = exp_log_ratio(self.policy_beta * jax.lax.stop_gradient(found["advantage"]))
+            weights = exp_log_ratio(hyper["policy_beta"] * jax.lax.stop_gradient(found["advantage"]))
             cloning, _ = losses.weighted_cross_entropy(logps, weights)
             terms = {**found, "policy_loss": cloning, "values": values}
-            total = token_mean(loss + self.policy_coef * cloning, mask)
+            total = token_mean(loss + hyper["policy_coef"] * cloning, mask)
             total, added = with_load_balance(spec, total, routing, batch.mask) if balance else (total, {})
             return total, {name: token_mean(x, mask) for name, x in terms.items()} | added
 
@@ -113,7 +116,8 @@ class Ilql(Method):
         def make(params: Params) -> Params:
             return {"trunk": box(params, boxes), "head": init_heads(spec, context.key(name), heads=self.heads)}
 
-        hyper, master = {"learning_rate": config.optimizer.learning_rate}, config.optimizer.master
+        hyper = {"learning_rate": config.optimizer.learning_rate, **{name: vars(self)[name] for name in _VARIED}}
+        master = config.optimizer.master
         learner = sharded_state(context.mesh, make, params, optimizer, hyper, context.key(name), master=master)
         state = State(learner, copied(learner.params["head"]["q"]))
         update = make_train_step(self.loss(spec), optimizer, num_microbatches=config.num_microbatches)
@@ -121,10 +125,14 @@ class Ilql(Method):
         def step(state: State, batch: OfflineBatch, base: Params) -> tuple[State, Metrics]:
             learner, metrics = update(state.learner, batch, {"trunk": base, "target": state.target})
             q = learner.params["head"]["q"]
-            target = jax.tree.map(lambda old, new: old + self.target_share * (new - old), state.target, q)
+            target = jax.tree.map(lambda old, new: old + learner.hyper["target_share"] * (new - old), state.target, q)
             return State(learner, target), metrics
 
         return state, compiled(step, state)
+
+    def learner(self, state: "State") -> TrainState:
+        """With the heads of Q and V."""
+        return state.learner
 
     def whole(self, state: "State", base: Params) -> Params:
         """Transformer, heads, and Q's slow copy."""

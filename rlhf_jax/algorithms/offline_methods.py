@@ -49,6 +49,10 @@ class Method(ABC):
         """
 
     @abstractmethod
+    def learner(self, state: Any) -> TrainState:
+        """What the optimiser moves."""
+
+    @abstractmethod
     def whole(self, state: Any, base: Params) -> Params:
         """All that the loss reads."""
 
@@ -82,6 +86,10 @@ class Cloning(Method):
         state = first_state(config.optimizer, context, name, params, steps=config.steps)
         optimizer, parts = config.optimizer.make(config.steps), config.num_microbatches
         return state, compiled(make_train_step(self.loss(context.spec), optimizer, num_microbatches=parts), state)
+
+    def learner(self, state: TrainState) -> TrainState:
+        """All of it."""
+        return state
 
     def whole(self, state: TrainState, base: Params) -> Params:
         """The policy."""

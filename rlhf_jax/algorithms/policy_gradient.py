@@ -160,10 +160,10 @@ class PolicyGradient(ABC):
         """A step of the policy by its own loss, and by what it is asked to keep."""
         c, loss_fn = self.config, self.policy_loss()
         if c.ptx is not None:
-            loss_fn = pretraining_mix.with_texts(loss_fn, self.spec, c.ptx)
+            loss_fn = pretraining_mix.with_texts(loss_fn, self.spec)
         if c.ewc is not None:
             assert frozen.anchor is not None
-            loss_fn = consolidation.held(loss_fn, c.ewc, frozen.anchor)
+            loss_fn = consolidation.held(loss_fn, frozen.anchor)
         return make_train_step(loss_fn, self.policy_optimizer, num_microbatches=c.num_microbatches)
 
     def iteration(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> tuple[Any, Metrics, Rollout]:

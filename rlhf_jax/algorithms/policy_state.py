@@ -44,9 +44,10 @@ def policy_state(
     algorithm: PolicyGradient, context: Context, name: str, hyper: dict[str, float], *, head: Params | None = None
 ) -> TrainState:
     """The policy at the start of training, in shards, with a value head if one is given; `hyper` beside its learning
-    rate.
+    rate and the prices of what it is asked to keep.
     """
     c = algorithm.config
+    kept = {name: part.coef for name, part in (("ptx_coef", c.ptx), ("ewc_coef", c.ewc)) if part is not None}
     params = context.policy_params(c.policy)
     boxes = lora.own(context.spec, jax.eval_shape(partial(models.init, context.spec), jax.random.key(0)))
     if head is not None:
@@ -57,7 +58,7 @@ def policy_state(
         partial(box, boxes=boxes),
         params,
         algorithm.policy_optimizer,
-        {"learning_rate": c.optimizer.learning_rate, **hyper},
+        {"learning_rate": c.optimizer.learning_rate, **kept, **hyper},
         context.key(name),
         master=c.optimizer.master,
     )

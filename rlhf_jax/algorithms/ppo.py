@@ -213,7 +213,7 @@ class Algorithm(PolicyGradient):
             }
             if isinstance(c.critic, SharedTrunk):
                 value_loss, value_metrics = self.value_loss(models.read_head(params, states), batch, hyper)
-                loss += c.critic.value_coef * value_loss
+                loss += hyper["value_coef"] * value_loss
                 metrics |= value_metrics | {"value_loss": self.reduce(value_loss, mask)}
             total, balance = with_load_balance(self.spec, self.reduce(loss, mask), routing, batch.mask)
             return total, metrics | balance
@@ -250,11 +250,9 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
 def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:
     """Policy and critic at the start of training, in shards."""
     c, own = algorithm.config, isinstance(algorithm.config.critic, SharedTrunk)
-    hyper = {
-        "clip_eps": c.clip_eps,
-        "entropy_coef": c.entropy_coef,
-        **({"value_clip": c.value_clip or 0.0} if own else {}),
-    }
+    hyper = {"clip_eps": c.clip_eps, "entropy_coef": c.entropy_coef}
+    if isinstance(c.critic, SharedTrunk):
+        hyper |= {"value_clip": c.value_clip or 0.0, "value_coef": c.critic.value_coef}
     policy = policy_state(algorithm, context, name, hyper, head=onpolicy.zero_head(context.spec) if own else None)
     length = c.prompt_length + c.completion_tokens
     return State(

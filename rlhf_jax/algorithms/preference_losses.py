@@ -169,7 +169,9 @@ class Term:
 
     def hyper(self) -> dict[str, float]:
         """What a sweep may vary, by its name in `TrainState.hyper`."""
-        return {f"{self.loss}.{name}": value for name, value in self.options.items() if isinstance(value, float)}
+        weight = {} if self.weight == 1 else {"weight": self.weight}
+        numbers = self.options | weight
+        return {f"{self.loss}.{name}": value for name, value in numbers.items() if isinstance(value, float)}
 
     def of_pairs(self, chosen: Side, rejected: Side, hyper: Hyper) -> tuple[Array, dict[str, Array]]:
         """The loss of each pair, unweighted, and its diagnostics."""
@@ -181,7 +183,7 @@ class Term:
         """The weighted loss of each completion, and its diagnostics; the batch's number stands in `hyper`."""
         baseline = hyper[THUMB_LOSSES[self.loss][1]]
         loss, diagnostics = self._function(logratios, desirable, baseline, **self._varied(hyper))
-        return self.weight * loss, diagnostics
+        return hyper.get(f"{self.loss}.weight", self.weight) * loss, diagnostics
 
     def _varied(self, hyper: Hyper) -> dict[str, Any]:
         """The options, those that a sweep varies as they are now."""
@@ -195,7 +197,7 @@ def weighted(
     total, found = jnp.zeros(jnp.shape(chosen.logps)), {}
     for term in terms:
         loss, diagnostics = term.of_pairs(chosen, rejected, hyper)
-        total += term.weight * loss
+        total += hyper.get(f"{term.loss}.weight", term.weight) * loss
         found = found or diagnostics
         found = found | ({term.loss: loss} if len(terms) > 1 else {})
     return total, found

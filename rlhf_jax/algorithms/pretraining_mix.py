@@ -76,15 +76,15 @@ def mixed(config: PretrainingMix, rollout: Any, count: Array, texts: PackedBatch
     return Mixed(rollout, some, jnp.full(config.batch_size, share))
 
 
-def with_texts(loss_fn: LossFn, spec: ModelSpec, config: PretrainingMix) -> LossFn:
-    """A policy's loss, of `Mixed`, with the mean of `losses.pretraining_mix` added to its own."""
+def with_texts(loss_fn: LossFn, spec: ModelSpec) -> LossFn:
+    """A policy's loss, of `Mixed`, with the mean of `losses.pretraining_mix` added, times `hyper["ptx_coef"]`."""
 
     def added(params: Params, batch: Mixed, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
         loss, metrics = loss_fn(params, batch.rollout, hyper, key)
         texts, mask = batch.texts, batch.texts.segment_ids > 0
         states = models.hidden(spec, params, texts.tokens, mask, segment_ids=texts.segment_ids)
         logps = next_token_logps(models.unembed(spec, params, states), texts.tokens)
-        terms, d = losses.pretraining_mix(logps, ptx_coef=config.coef)
+        terms, d = losses.pretraining_mix(logps, ptx_coef=hyper["ptx_coef"])
         total = loss.total + (keep(terms, texts.loss_mask) * batch.share[:, None]).sum()
         return Mean(total, loss.count), metrics | {"ptx_loss": token_mean(d["cross_entropy"], texts.loss_mask)}
 

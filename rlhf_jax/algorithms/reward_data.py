@@ -34,7 +34,7 @@ from rlhf_jax.evals.judgements import (
     evaluate_ratings,
     evaluate_solutions,
 )
-from rlhf_jax.evals.reward import comparisons_json, evaluate_best, evaluate_groups
+from rlhf_jax.evals.reward import comparisons_json, evaluate_best, evaluate_groups, evaluate_spread
 from rlhf_jax.rewards.network import RewardNetwork
 from rlhf_jax.sharding import Shard
 from rlhf_jax.types import Params
@@ -163,8 +163,11 @@ class ComparedRows:
         }
         if self._config.loss != "bradley_terry":
             figures |= evaluate_best(report.scores, self.heldout)
-        each = [evaluate_groups(lambda rows, own=own: own, self.heldout).pairs.accuracy for own in scores]
+        members = [evaluate_groups(lambda rows, own=own: own, self.heldout) for own in scores]
+        each = [member.pairs.accuracy for member in members]
         figures |= _among(scores, each, "accuracy")
+        if len(members) > 1:
+            figures |= evaluate_spread(members, report, self.heldout)
         return Final(figures, {**figures, **comparisons_json(report), "members": each}, report.scores)
 
     def rescaled(self, params: Params) -> Params:

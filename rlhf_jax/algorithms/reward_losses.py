@@ -35,7 +35,8 @@ def pair_loss(spec: ModelSpec, config: "Config") -> LossFn:
     """(params, PreferenceBatch, hyper, key) -> Bradley-Terry's loss a pair, in nats."""
 
     def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
-        del hyper, key
+        del key
+        numbers = {name: hyper[name] for name in config.hyper}
         if not config.centering:
             params = _without_bias(params)
         scores = batch_scores(spec, params, batch)
@@ -43,11 +44,11 @@ def pair_loss(spec: ModelSpec, config: "Config") -> LossFn:
         loss, diagnostics = losses.bradley_terry(
             chosen,
             rejected,
-            margin=config.margin_scale * batch.margins,
-            label_smoothing=config.label_smoothing,
+            margin=numbers.get("margin_scale", 0.0) * batch.margins,
+            label_smoothing=numbers.get("label_smoothing", 0.0),
         )
         if config.centering:
-            loss += config.centering * losses.centering(chosen, rejected)[0]
+            loss += numbers["centering"] * losses.centering(chosen, rejected)[0]
         judged = batch.weights > 0
         return masking.token_mean(loss, judged), {
             name: masking.token_mean(diagnostics[name], judged) for name in ("accuracy", "margin")

@@ -99,8 +99,8 @@ class Config(Stage):
             raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
         if isinstance(self.pairs, SampledPairs):
             self._check_sampled(self.pairs)
-        for name in ("margin_scale", "label_smoothing", "centering"):
-            if vars(self)[name] and self.loss != "bradley_terry":
+        for name in self.hyper:
+            if self.loss != "bradley_terry":
                 raise ValueError(f"{name}={vars(self)[name]} is for loss='bradley_terry', not {self.loss!r}")
         if isinstance(self.pairs, SampledPairs) and self.pairs.length > self.length:
             raise ValueError(f"length={self.length} must hold BOS, prompt and completion of pairs: {self.pairs.length}")
@@ -113,6 +113,11 @@ class Config(Stage):
         noise = pairs.label_noise or (pairs.disagreement and pairs.annotators > 1)
         if noise and self.loss != "bradley_terry":
             raise ValueError(f"pairs: with noise or several annotators pairs make no order, which {self.loss!r} needs")
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """What of the loss's numbers is not 0, which a sweep may vary."""
+        return {name: vars(self)[name] for name in ("margin_scale", "label_smoothing", "centering") if vars(self)[name]}
 
     @property
     def normalizes(self) -> bool:
@@ -173,7 +178,8 @@ def start(config: Config, context: Context, name: str, shares: np.ndarray | None
     if ensemble is not None and ensemble.of == "heads":
         loss_fn = of_heads(loss_fn, own_rows=ensemble.own_rows)
     step = make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches)
-    given = context.policy_params(config.init), optimizer, {"learning_rate": config.optimizer.learning_rate}
+    hyper = {"learning_rate": config.optimizer.learning_rate, **config.hyper}
+    given = context.policy_params(config.init), optimizer, hyper
     if ensemble is not None and ensemble.of == "models":
         keys, step = context.keys(name, ensemble.members), of_members(step)
         state = sharded_states(context.mesh, init, *given, keys, master=config.optimizer.master)

@@ -104,15 +104,25 @@ def start(config: SupervisedConfig, context: Context, name: str, params: Params)
     return state, compiled(step, state)
 
 
-def first_state(optimizer: Optimizer, context: Context, name: str, params: Params, *, steps: int) -> TrainState:
-    """The state that `steps` steps of training of a language model's `params` start from."""
+def first_state(
+    optimizer: Optimizer,
+    context: Context,
+    name: str,
+    params: Params,
+    hyper: dict[str, float] | None = None,
+    *,
+    steps: int,
+) -> TrainState:
+    """The state that `steps` steps of training of a language model's `params` start from; `hyper` beside the learning
+    rate.
+    """
     boxes = lora.own(context.spec, jax.eval_shape(partial(models.init, context.spec), jax.random.key(0)))
     return sharded_state(
         context.mesh,
         lambda params: box(params, boxes),
         params,
         optimizer.make(steps),
-        {"learning_rate": optimizer.learning_rate},
+        {"learning_rate": optimizer.learning_rate, **(hyper or {})},
         context.key(name),
         master=optimizer.master,
     )
@@ -136,7 +146,7 @@ def fit(
     means = heldout_means(config, context, language_model_loss(context.spec, balance=False), heldout)
 
     def figures(state: TrainState) -> Metrics:
-        return means(lora.merge(context.base, state.params))
+        return means(lora.merge(context.base, state.params), state.hyper)
 
     begin = partial(start, config, context, name, params)
     state, found = take_steps(config, context, name, begin, batches, figures, note=note)
@@ -180,22 +190,22 @@ def take_steps(
 
 def heldout_means(
     config: SupervisedConfig, context: Context, loss_fn: LossFn, batches: Iterator[Any]
-) -> Callable[[Params], Metrics]:
-    """Whole parameters to "heldout_loss", and the loss's metrics so named: means over the first `heldout_rows` rows of
-    the batches.
+) -> Callable[[Params, Hyper], Metrics]:
+    """Whole parameters, and a state's numbers, to "heldout_loss", and the loss's metrics so named: means over the first
+    `heldout_rows` rows of the batches.
     """
     some = itertools.islice(batches, config.heldout_rows // config.batch_size)
     held = [sharding.shard_batch(context.mesh, batch) for batch in some]
 
     @jax.jit
-    def one(params: Params, batch: Any) -> dict[str, Mean]:
-        loss, metrics = loss_fn(params, batch, {}, jax.random.key(0))
+    def one(params: Params, batch: Any, hyper: Hyper) -> dict[str, Mean]:
+        loss, metrics = loss_fn(params, batch, hyper, jax.random.key(0))
         return {"loss": loss, **metrics}
 
-    def means(params: Params) -> Metrics:
-        total = one(params, held[0])
+    def means(params: Params, hyper: Hyper) -> Metrics:
+        total = one(params, held[0], hyper)
         for batch in held[1:]:
-            total = {name: mean + total[name] for name, mean in one(params, batch).items()}
+            total = {name: mean + total[name] for name, mean in one(params, batch, hyper).items()}
         return {f"heldout_{name}": mean.value for name, mean in total.items()}
 
     return means

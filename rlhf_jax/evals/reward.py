@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.evals.bootstrap import interval, mean_of, with_interval
+from rlhf_jax.evals.bootstrap import area_under_curve, interval, mean_of, with_interval
 from rlhf_jax.evals.preferences import PairReport, evaluate_pairs
 from rlhf_jax.files import write_whole
 from rlhf_jax.interop.tokenizers import Tokenizer
@@ -79,6 +79,26 @@ def evaluate_best(scores: np.ndarray, groups: Sequence[PreferenceGroup]) -> dict
         **with_interval("best_accuracy", mean_of(picked), prompts, intervals=True),
         "best_accuracy_baseline": float(np.mean([own.mean() for own in best])),
     }
+
+
+def evaluate_spread(
+    members: Sequence[RewardReport], combined: RewardReport, groups: Sequence[PreferenceGroup]
+) -> dict[str, float]:
+    """Whether an ensemble knows what it does not know: how its members' spread on a pair, the standard deviation of
+    their margins, tells the pairs that it ranks wrongly (`spread_wrong_auc`) from others, and those on which annotators
+    differed (`spread_differed_auc`). Areas under the ROC curve, of a constant ½; each where there are pairs of both
+    kinds.
+    """
+    spread = np.std([report.margins for report in members], axis=0)
+    wrong = combined.margins <= 0
+    differed = [(loser, winner) in group.pairs for group in groups for winner, loser in group.settled]
+    told = {"spread_wrong_auc": wrong, "spread_differed_auc": np.asarray(differed)}
+    figures: dict[str, float] = {}
+    for name, which in told.items():
+        if 0 < which.sum() < len(which):
+            figures |= with_interval(name, area_under_curve(spread, which), combined.prompts, intervals=True)
+            figures[f"{name}_baseline"] = 0.5
+    return figures
 
 
 def _won(margins: np.ndarray) -> np.ndarray:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.verifiers import check_seconds
+from rlhf_jax.rewards.verifiers import TextReward, check_seconds
 
 if TYPE_CHECKING:
     from rlhf_jax.rewards.sentiment import GoldClassifier
 
 
 @dataclass(frozen=True)
-class Vader:
+class Vader(TextReward):
     """VADER's sentiment of prompt and completion, in [−1, 1]: a lexicon and rules (Hutto and Gilbert 2014)."""
 
     seconds: float = 30.0
@@ -43,15 +43,9 @@ class Vader:
 
         return vader([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]).tolist()
 
-    def check_inputs(self) -> None:
-        """Nothing: the package is one that this one needs."""
-
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """Nothing: any row will do."""
-
 
 @dataclass(frozen=True)
-class Sentiment:
+class Sentiment(TextReward):
     """P(positive) of prompt and completion, in [0, 1], by a classifier of words fitted on the reviews that train.
 
     It is the judge of the figures called gold (`rewards.sentiment.GoldClassifier`): learnt from, these are the reward.
@@ -81,9 +75,6 @@ class Sentiment:
         """Raise UserError where the reviews cannot be read."""
         self.reviews.load()
 
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """Nothing: any row will do."""
-
     @property
     def _classifier(self) -> "GoldClassifier":
         return _classifier(self.reviews)
@@ -97,7 +88,7 @@ def _classifier(reviews: MovieReviews) -> "GoldClassifier":
 
 
 @dataclass(frozen=True)
-class Rouge:
+class Rouge(TextReward):
     """Overlap of a completion with its row's reference, in [0, 1] (Lin 2004), as the package rouge-score counts it."""
 
     reference: str = "reference"
@@ -142,7 +133,7 @@ class Rouge:
 
 
 @dataclass(frozen=True)
-class Length:
+class Length(TextReward):
     """How near a completion comes to a length: 1 − |n / target − 1|, at most 1 (Singhal et al. 2023).
 
     As a reward of its own it is the baseline that much of RLHF's gain is measured against.
@@ -160,9 +151,6 @@ class Length:
             raise ValueError(f"reward.target must be at least 1, got {self.target}")
         check_seconds(self.seconds)
 
-    def prepare(self) -> None:
-        """Nothing."""
-
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[float]:
@@ -170,12 +158,6 @@ class Length:
         del prompts, metadata
         counts = [len(text.split()) if self.unit == "words" else len(text) for text in completions]
         return [1 - abs(count / self.target - 1) for count in counts]
-
-    def check_inputs(self) -> None:
-        """Nothing: no package, no file."""
-
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """Nothing: any row will do."""
 
 
 def check_package(what: str, module: str, package: str) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_jax.rewards.lexical import check_finite, check_package
-from rlhf_jax.rewards.verifiers import check_seconds
+from rlhf_jax.rewards.verifiers import TextReward, check_seconds
 
 
 @dataclass(frozen=True)
-class MathChecker:
+class MathChecker(TextReward):
     """Whether the last answer of a completion equals its row's, by the package math-verify (sympy).
 
     It reads LaTeX and plain expressions, "(x+1)^2" and "x^2+2x+1" are the same. For numbers `AnswerChecker` does the

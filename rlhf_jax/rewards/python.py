@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.verifiers import check_seconds
+from rlhf_jax.rewards.verifiers import TextReward, check_seconds
 
 
 @dataclass(frozen=True)
-class PythonReward:
+class PythonReward(TextReward):
     """reward(prompts, completions, metadata) -> scores, one a completion, from a file; it runs in a process of its own.
 
     Prompts and completions are texts; of each row metadata has the other fields. What the file's globals hold stays
@@ -40,9 +40,6 @@ class PythonReward:
     ) -> Sequence[float]:
         """What the function returns."""
         return _load(str(self.path), self.function)(prompts, completions, metadata)
-
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """Nothing: what a row must have, the function alone knows."""
 
     def check_inputs(self) -> None:
         """Raise UserError unless the file is Python and has such a name; nothing in it is run."""

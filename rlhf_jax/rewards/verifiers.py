@@ -25,8 +25,21 @@ _EXPONENT = re.compile(r"(?<=[A-Za-z}])\^\{?[-\u2212]?\d+\}?")  # of a unit: "m^
 _MARK = re.compile(r"####|\\boxed\s*\{")
 
 
+class TextReward:
+    """What most functions of texts have nothing to do for; see `rewards.host.RewardFunction`."""
+
+    def prepare(self) -> None:
+        """Nothing is loaded."""
+
+    def check_inputs(self) -> None:
+        """No file is read, and no package that this one does not need."""
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Any row will do."""
+
+
 @dataclass(frozen=True)
-class AnswerChecker:
+class AnswerChecker(TextReward):
     r"""Whether a completion ends in its row's number (GSM8K, Cobbe et al. 2021; sums).
 
     The answer is what stands in the last \boxed{…} or after the last "####", on its line or, where that is empty, the
@@ -48,9 +61,6 @@ class AnswerChecker:
             raise ValueError(f"reward.correct and reward.wrong must be finite, got {self.correct} and {self.wrong}")
         check_seconds(self.seconds)
 
-    def prepare(self) -> None:
-        """Nothing."""
-
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[float]:
@@ -60,9 +70,6 @@ class AnswerChecker:
             self.correct if read_answer(completion) == self.expected(row) else self.wrong
             for completion, row in zip(completions, metadata, strict=True)
         ]
-
-    def check_inputs(self) -> None:
-        """Nothing: no package, no file."""
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Raise ValueError where a row's other fields do not hold a right answer."""
@@ -81,7 +88,7 @@ class AnswerChecker:
 
 
 @dataclass(frozen=True)
-class PatternMatch:
+class PatternMatch(TextReward):
     """Whether a completion has a form: a regular expression is found in it."""
 
     pattern: str
@@ -102,21 +109,12 @@ class PatternMatch:
             raise ValueError(f"reward.found and reward.missing must be finite, got {self.found} and {self.missing}")
         check_seconds(self.seconds)
 
-    def prepare(self) -> None:
-        """Nothing."""
-
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[float]:
         """One score a completion, `found` or `missing`."""
         del prompts, metadata
         return [self.found if re.search(self.pattern, completion) else self.missing for completion in completions]
-
-    def check_inputs(self) -> None:
-        """Nothing: no package, no file."""
-
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """Nothing: any row will do."""
 
 
 def read_answer(text: str) -> Fraction | None:

@@ -90,9 +90,9 @@ def test_the_loss_is_the_divergence_at_the_completions_tokens(begin):
     counted = completion_mask[:, 1:]
     for name, expected in by_token.items():
         named = dataclasses.replace(config, divergence=name)
-        loss, metrics = jax.jit(lambda s, t, b, c=named: distill.distillation_loss(SPEC, c, t, s, b, {}, None))(
-            student, teacher, batch
-        )
+        loss, metrics = jax.jit(
+            lambda s, t, b, c=named: distill.distillation_loss(SPEC, c, t, s, b, {"beta": c.beta}, None)
+        )(student, teacher, batch)
         assert float(loss.count) == counted.sum() == 16
         assert float(loss.value) == pytest.approx(expected[counted].mean(), rel=1e-4)
         agree = (q.argmax(-1) == t.argmax(-1))[counted].mean()

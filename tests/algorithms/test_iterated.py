@@ -133,7 +133,10 @@ def test_a_stage_trains_on_the_pairs_of_earlier_ones_and_is_evaluated_on_its_own
             comparisons.sample(pairs, context, "own")
 
 
-@pytest.mark.parametrize("name", ["sentiment_online_dpo", "sentiment_iterated"])
+@pytest.mark.parametrize(
+    "name",
+    ["sentiment_online_dpo", "sentiment_iterated", "sentiment_raft", "sentiment_best_of_n", "sentiment_distill"],
+)
 def test_the_configs_are_whole_and_their_first_stages_the_quickstarts(name):
     whole, quick = (load_config(CONFIGS / f"{one}.py") for one in (name, "quickstart"))
     validate(whole, 1)

@@ -206,6 +206,7 @@ def test_the_reference_writes_the_second_of_each_pair_of_xpo(context, rows):
     assert np.abs(sampled[1::2] - policy[1::2]).max() > 0.1 and metrics["sampling_deviation"] < 1e-4
     assert metrics["seq_kl"] == pytest.approx((policy - reference)[::2].sum(-1).mean(), abs=1e-4)
     assert metrics["score"] == pytest.approx(np.asarray(scored.scores)[::2].mean(), abs=1e-5)
+    assert state.policy.hyper["optimism"] == np.float32(1e-5)  # α, which METHODS["xpo"] sets
     assert config.own_rows == slice(None, None, 2) and make(data=rows[0]).own_rows == slice(None)
     _, fine = algorithm.with_advantages(scored, kl_coef=jax.numpy.float32(0.1))
     bad = scored.replace(scores=scored.scores.at[1].set(np.nan))  # the reference's, which no other metric reads
@@ -259,9 +260,8 @@ def test_a_judge_scores_a_completion_by_all_others_of_its_group():
 
     def ask(pairs):
         asked.extend(pair.question(TEMPLATE) for pair in pairs)
-        likes_a = [
-            1 / (1 + math.exp(values[pair.second] - values[pair.first] - 1)) for pair in pairs
-        ]  # minds the order
+        gaps = [values[pair.first] - values[pair.second] for pair in pairs]
+        likes_a = [1 / (1 + math.exp(-gap - 1)) for gap in gaps]  # it minds the order
         return [
             Said(None if "mute" in (pair.first, pair.second) else p, is_cut="good" in (pair.first, pair.second))
             for pair, p in zip(pairs, likes_a, strict=True)
@@ -352,18 +352,19 @@ def test_what_a_tokenizer_lacks_is_told_before_a_stage_begins(rows):
     tokenizer, questions = rows[1], JudgeReward(LocalJudge("base", TEMPLATE, length=30))
     make(reward=JudgeReward(LocalJudge("base", TEMPLATE, length=100))).check_tokenizer(tokenizer)
     asked = len(tokenizer.encode(f"{questions.principle}<||>\n\nAnswer:")) + 1
+    short = (
+        rf"^stages.online.reward.judge.length=30 must hold a question of {asked} tokens.*: at least {asked + 2 * N}$"
+    )
     told = {
-        rf"^stages.online.reward.judge.length=30 must hold a question of {asked} tokens.*: at least {asked + 2 * N}$": (
-            make(reward=questions)
-        ),
-        r"^stages.online.truncate.at: no token of the vocabulary is '!'$": make(truncate=Truncation("!", after=2)),
+        short: make(reward=questions),
+        r"^stages.online.truncate.at: no token of the vocabulary is 'ß!'$": make(truncate=Truncation("ß!", after=2)),
     }
     for message, stage in told.items():
         whole = Experiment(model=Bundled(), data=rows[0], stages={"online": stage})
         with pytest.raises(UserError, match=message):
             check_tokenizer(whole, tokenizer)
     plain = train_sentencepiece(["ab ba"] * 40, vocab_size=264)
-    with pytest.raises(UserError, match="^reward.judge: the tokenizer has no token of its own for the answer 'A'"):
+    with pytest.raises(UserError, match=r"^reward.judge: the tokenizer has no token of its own for the answer 'A'"):
         make(reward=questions).check_tokenizer(plain)
 
 

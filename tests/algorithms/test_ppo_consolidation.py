@@ -90,12 +90,12 @@ def test_the_penalty_is_that_of_kirkpatrick_whatever_the_parts():
     def loss_fn(params, batch, hyper, key):
         return Mean((batch * params["layers"]["a"]).sum(), jnp.float32(batch.size)), {}
 
-    added = consolidation.held(loss_fn, EWC, Anchor(start, fisher))
+    added = consolidation.held(loss_fn, Anchor(start, fisher))
     batch = rng.normal(size=(4, 3))
 
     def mean(params, parts):
         whole = {**params, "frozen": jnp.zeros(5)}  # what lies under adapters is not held
-        found = [added(whole, part, {}, None) for part in np.split(batch, parts)]
+        found = [added(whole, part, {"ewc_coef": 3.0}, None) for part in np.split(batch, parts)]
         return sum((loss for loss, _ in found[1:]), found[0][0]).value
 
     one, two = (jax.grad(mean)(params, parts) for parts in (1, 2))
@@ -104,7 +104,7 @@ def test_the_penalty_is_that_of_kirkpatrick_whatever_the_parts():
         wanted = own[name] + 3.0 * fisher["layers"][name] * (theta - start["layers"][name])
         np.testing.assert_allclose(one["layers"][name], wanted, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(two["layers"][name], wanted, rtol=1e-5, atol=1e-6)
-    penalty = added(params, batch, {}, None)[1]["ewc_penalty"].value
+    penalty = added(params, batch, {"ewc_coef": 3.0}, None)[1]["ewc_penalty"].value
     by_hand = sum(
         (fisher["layers"][name] * (theta - start["layers"][name]) ** 2).sum()
         for name, theta in params["layers"].items()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import iterations, ppo, pretraining_mix, prompting
+from rlhf_jax.algorithms import ppo, pretraining_mix, prompting
+from rlhf_jax.algorithms.consolidation import Anchor, Consolidation
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.ppo_presets import PRESETS
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
@@ -17,32 +18,58 @@ from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import EosPenalty, Shaping
-from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sampling import Sampling
 from tests.algorithms.conftest import SPEC, put_stages
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CONFIG = ppo.Config(
-    steps=2, batch_size=8, completion_tokens=6, epochs=1, minibatches=2, exact_kl_rows=4, evaluation_prompts=4,
-    optimizer=Optimizer(1e-3), critic=ValueHead(), reward=PatternMatch("e"),
+    steps=2, batch_size=8, completion_tokens=6, epochs=1, minibatches=1, exact_kl_rows=4, evaluation_prompts=4,
+    optimizer=Optimizer(1e-3), critic=ValueHead(), reward="reward_model", truncate=Truncation("e", after=2),
     ptx=PretrainingMix(coef=0.5, batch_size=4, row_length=16, rows=6), average=0.75,
+    ewc=Consolidation(coef=3.0, texts=2, row_length=8),
 )  # fmt: skip
+STOPS = tuple(range(5, 200))  # as if each of these tokens were the one that the reward stops reading at
 
 
 def setup(context, config):
     put_stages(context)
-    algorithm = ppo.Algorithm(config, SPEC, eos_id=context.tokenizer.eos_id, pad_id=context.tokenizer.pad_id)
+    ends = {"eos_id": context.tokenizer.eos_id, "pad_id": context.tokenizer.pad_id}
+    algorithm = ppo.Algorithm(config, SPEC, **ends, cut_ids=STOPS)
     batches = prompting.prompt_batches(prompting.load_prompts(config, context, "ppo").train, config, context)
     return algorithm, ppo.initial_state(algorithm, context, "ppo"), algorithm.frozen(context, "ppo"), next(batches)[0]
 
 
-def test_texts_are_learnt_beside_rollouts_and_the_average_follows(make_context):
+def test_an_iteration_learns_texts_holds_parameters_and_reads_what_is_left(make_context):
+    """All of PPO's details at once, each by hand from what stood before the iteration's one step."""
     algorithm, state, frozen, prompts = setup(make_context(), CONFIG)
-    rollout = jax.jit(algorithm.sample)(iterations.behaviour(state.policy), frozen, prompts)
-    rollout = rollout.replace(scores=jnp.arange(8.0))
-    new, metrics, scored = jax.jit(algorithm.learn)(state, frozen, rollout)
+    jax.tree.map(np.testing.assert_array_equal, frozen.anchor.params, frozen.reference)
+    away = jax.tree.map(lambda x: x + 0.05 * np.sign(x), frozen.reference)
+    frozen = dataclasses.replace(frozen, anchor=Anchor(away, frozen.anchor.fisher))
+    new, metrics, scored = jax.jit(algorithm.iteration)(state, frozen, prompts)
     assert jax.tree.leaves(frozen.texts)[0].shape == (6, 16)
+
+    squares = [
+        (np.float64(f) * np.square(np.float64(p) - np.float64(a))).sum()
+        for f, p, a in zip(*map(jax.tree.leaves, (frozen.anchor.fisher, state.policy.params, away)), strict=True)
+    ]
+    assert metrics["ewc_penalty"] == pytest.approx(3.0 * sum(squares) / 2, rel=1e-4) and sum(squares) > 0
+
+    read = np.zeros(scored.tokens.shape, bool)
+    for i, (tokens, mask) in enumerate(zip(np.asarray(scored.tokens), np.asarray(scored.completion_mask), strict=True)):
+        places = np.flatnonzero(mask)
+        stop = next((n for n, place in enumerate(places) if n >= 2 and tokens[place] in STOPS), len(places))
+        read[i, places[: stop + 1]] = True
+    np.testing.assert_array_equal(scored.read_mask, read)
+    assert read.sum() < scored.completion_mask.sum()
+    wanted = models.score(SPEC, frozen.network(frozen.reward), scored.tokens, scored.prompt_mask | read)
+    np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
+
+    drawn = jax.random.randint(jax.random.fold_in(state.policy.step_key(), 2**31 - 2), (4,), 0, 6)
+    rows = jax.device_get(jax.tree.map(lambda x: x[drawn], frozen.texts))
+    logps = jax.nn.log_softmax(models.logits(SPEC, state.policy.params, rows.tokens, rows.segment_ids > 0))[:, :-1]
+    each = -np.take_along_axis(np.asarray(logps), rows.tokens[:, 1:, None], -1)[..., 0]
+    assert metrics["ptx_loss"] == pytest.approx(each[rows.loss_mask[:, 1:]].mean(), rel=1e-4)
 
     # A minibatch's gradient is that of the two means, by hand, whatever the microbatches.
     batch = jax.tree.map(lambda x: x[:4], scored)
@@ -61,7 +88,7 @@ def test_texts_are_learnt_beside_rollouts_and_the_average_follows(make_context):
         return policy + 0.5 * (each * kept).sum() / kept.sum()
 
     wanted = jax.jit(jax.grad(by_hand))(state.policy.params)
-    both = pretraining_mix.with_texts(loss_fn, SPEC, CONFIG.ptx)
+    both = pretraining_mix.with_texts(loss_fn, SPEC)
 
     def in_parts(params):
         halves = [jax.tree.map(lambda x, i=i: x[i::2], mixed) for i in (0, 1)]
@@ -70,8 +97,6 @@ def test_texts_are_learnt_beside_rollouts_and_the_average_follows(make_context):
 
     for a, b in zip(*map(jax.tree.leaves, (jax.jit(jax.grad(in_parts))(state.policy.params), wanted)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    assert 0 < metrics["ptx_loss"] < 2 * np.log(SPEC.vocab_size)
-
     for old, now, mean in zip(*map(jax.tree.leaves, (state.policy.params, new.policy.params, new.final)), strict=True):
         np.testing.assert_allclose(mean, 0.75 * old + 0.25 * now, atol=1e-6)
     assert new.final is not new.policy.params
@@ -122,9 +147,16 @@ PAPERS = {
     },
 }  # fmt: skip
 ADAM = {"kind": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-5, "weight_decay": 0.0, "final_share": 0.0}
+UNCLIPPED = {"clip_norm": 1e9}  # a gradient's norm: none of these clipped it
+LATER = {"learning_rate": 3e-6, "eps_form": "torch", "schedule": "linear"}
 OPTIMIZERS = {
-    "ziegler2019": ADAM | {"learning_rate": 1e-5, "eps_form": "tensorflow", "schedule": "linear"},
-    "nplus": ADAM | {"learning_rate": 3e-6, "eps_form": "torch", "schedule": "linear"},
+    "ziegler2019": ADAM | UNCLIPPED | {"learning_rate": 1e-5, "eps_form": "tensorflow", "schedule": "linear"},
+    "stiennon2020": ADAM | UNCLIPPED | LATER,
+    "nplus": ADAM | UNCLIPPED | LATER,
+    # Ouyang et al. 2022, appendix C: Adam with β2 0.95, a constant rate after ten iterations of eight steps.
+    "instructgpt": ADAM
+    | {"b2": 0.95, "eps": 1e-8, "eps_form": "torch", "clip_norm": 1.0}
+    | {"learning_rate": 9e-6, "schedule": "constant", "warmup_steps": 10 * 8},
 }
 
 
@@ -135,7 +167,7 @@ def test_presets_have_the_papers_details(name):
     assert {field: vars(made)[field] for field in PAPERS[name]} == PAPERS[name]
     used = made.optimizer, *(() if made.shared else (made.critic_optimizer,))
     for optimizer in used:
-        wanted = OPTIMIZERS.get(name.replace("stiennon2020", "nplus"), {})
+        wanted = OPTIMIZERS[name]
         assert {field: vars(optimizer)[field] for field in wanted} == wanted
     if name == "instructgpt":  # eight texts an episode, a minibatch of 64
         assert made.ptx.batch_size * made.minibatches == 8 * made.batch_size

@@ -85,7 +85,7 @@ def test_loss_is_the_mean_over_pairs_scored_one_by_one(context):
     params = context.head_params("reward_model")
     config = reward_model.Config(pairs=PAIRS, **CONFIG, margin_scale=0.5, label_smoothing=0.1, centering=0.2)
     batch = batch_groups(groups, pad_id=0, completions=3, length=24)
-    loss, metrics = reward_model.pair_loss(SPEC, config)(params, batch, {}, jax.random.key(0))
+    loss, metrics = reward_model.pair_loss(SPEC, config)(params, batch, config.hyper, jax.random.key(0))
     terms, right = [], []
     for group in groups:
         rows = group.rows()
