@@ -29,7 +29,6 @@ from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import Hosts
 from rlhf_jax.interop.pretrained import ModelConfig, Scratch
-from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.sharding import MeshConfig, check_rows
 
 # A stage's name is a folder of the workdir, a part of flags and a key of summary.json.
@@ -137,17 +136,6 @@ def check_stage_inputs(name: str, stage: StageConfig, data: Data) -> None:
         stage.check_inputs(data)
     except UserError as error:
         raise UserError(f"stages.{name}.{error}") from None
-
-
-def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None:
-    """Raise UserError, one line that names the stage's field, for what a stage misses in the tokenizer."""
-    if tokenizer is None:
-        return
-    for name, stage in experiment.stages.items():
-        try:
-            stage.check_tokenizer(tokenizer)
-        except UserError as error:
-            raise UserError(f"stages.{name}.{error}") from None
 
 
 def _check_tokenizer_texts(data: Data) -> None:

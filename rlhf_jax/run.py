@@ -44,12 +44,12 @@ from rlhf_jax.config import (
     Experiment,
     check_inputs,
     check_stage_inputs,
-    check_tokenizer,
     differences,
     to_dict,
     validate,
 )
 from rlhf_jax.errors import NonFiniteError, UserError
+from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.provenance import provenance, versions
 from rlhf_jax.records import read_json, say, set_aside, whole_json, write_json
@@ -234,6 +234,17 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
     if hosts.is_writer():
         write_json(workdir / "summary.json", {**summary, **records.costs(workdir), "params_digest": digests})
         say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+
+
+def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError, one line that names the stage's field, for what a stage misses in the tokenizer."""
+    if tokenizer is None:
+        return
+    for name, stage in experiment.stages.items():
+        try:
+            stage.check_tokenizer(tokenizer)
+        except UserError as error:
+            raise UserError(f"stages.{name}.{error}") from None
 
 
 def _summary(workdir: Path) -> dict[str, Any]:

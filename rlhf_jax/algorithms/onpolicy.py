@@ -264,18 +264,14 @@ def train(
             cut=None if config.truncate is None else algorithm.cut,
             network=None if config.network is None else (config.network, fixed.network(fixed.reward)),
         )
-        preferred = {} if judge is None else win_rate(judge, prompts.heldout, before, after)
-        said = {} if judge is None else hosts.from_writer(lambda: mean(context, name, "judge_unread", "judge_cut"))
-        paid = {} if judge is None else pair_judges.costs(judge.ask)
+        judged = {} if judge is None else judge_figures(judge, context, name, prompts.heldout, before, after)
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=config.steps)
     deviations = hosts.from_writer(lambda: largest(context, name, "ratio_deviation", "sampling_deviation"))
     counts = {} if config.data is None else prompts.counts.figures()
     return {
         **compare(before, after),
-        **preferred,
-        **said,
-        **paid,
+        **judged,
         **deviations,
         **counts,
         **guard.figures(state),
@@ -341,6 +337,19 @@ def reward_of(config: Rewarded, context: Context, name: str) -> Iterator[tuple[P
         else:
             assert isinstance(config.reward, str)
             yield context.network(config.reward), ensemble_of(context, config.reward, config.combine)
+
+
+def judge_figures(
+    judge: GroupJudge,
+    context: Context,
+    name: str,
+    prompts: Sequence[PromptRow],
+    before: Sequence[Row],
+    after: Sequence[Row],
+) -> dict[str, float]:
+    """What a judge makes of the last policy, how often its answers were none, and what they have cost."""
+    said = hosts.from_writer(lambda: mean(context, name, "judge_unread", "judge_cut"))
+    return {**win_rate(judge, prompts, before, after), **said, **pair_judges.costs(judge.ask)}
 
 
 def win_rate(

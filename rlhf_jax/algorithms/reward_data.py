@@ -197,6 +197,7 @@ class JudgedRows:
         self.scale = _scale(config.loss, selected.train, selected.heldout)
         self.shares = self.scale.shares if config.loss == "ordinal_rating" else None
         self.train = by_part(selected.train, lambda part: [self._learnt(row) for row in part])
+        self._judged = np.asarray([target is not None for row in self.heldout for target in row.targets])
         self._places = max(len(row.judged) for row in (*selected.train, *selected.heldout))
 
     @property
@@ -217,10 +218,10 @@ class JudgedRows:
     def final(self, network: RewardNetwork, params: Params) -> Final:
         """All figures."""
         scores = self._scores(network, params)
-        combined = network.combined(scores)
-        figures, headline = self._figures(combined, params), HEADLINES[self._config.loss]
+        figures, headline = self._figures(network.combined(scores), params), HEADLINES[self._config.loss]
         each = [self._figures(own, params, intervals=False)[headline] for own in scores]
-        figures = figures | _among(scores, each, headline)
+        scores = scores[:, self._judged]
+        combined, figures = network.combined(scores), figures | _among(scores, each, headline)
         readings = {"scores": combined.tolist(), "targets": self._column(1).tolist(), "members": each}
         return Final(figures, {**figures, "n": len(combined), **readings}, combined)
 
@@ -240,17 +241,16 @@ class JudgedRows:
         return np.asarray([judged[i] for row in self.heldout for judged in row.judged])
 
     def _scores(self, network: RewardNetwork, params: Params) -> np.ndarray:
-        """Every member's score of all that was judged, ratings in their own unit."""
-        ends = [[place for place, _ in row.judged] for row in self.heldout]
-        scores = network.at(params, self.heldout_rows, ends)
+        """Every member's score of all parts, judged or not, ratings in their own unit."""
+        scores = network.at(params, self.heldout_rows, [row.ends for row in self.heldout])
         is_scaled = self._config.loss == "scalar_rating"
         return scores * self.scale.std + self.scale.mean if is_scaled else scores
 
     def _figures(self, scores: np.ndarray, params: Params, *, intervals: bool = True) -> Figures:
         loss, targets, scale = self._config.loss, self._column(1), self.scale
-        rows = np.repeat(np.arange(len(self.heldout)), [len(row.judged) for row in self.heldout])
+        rows = np.repeat(np.arange(len(self.heldout)), [len(row.parts) for row in self.heldout])
         prompts = [row.prompt for row in self.heldout]
-        clusters = [prompts[i] for i in rows]
+        every, scores, clusters = scores, scores[self._judged], [prompts[i] for i in rows[self._judged]]
         if loss == "scalar_rating":
             return evaluate_ratings(scores, targets, clusters, mean=scale.mean, intervals=intervals)
         if loss == "ordinal_rating":
@@ -261,7 +261,8 @@ class JudgedRows:
             return evaluate_levels(scores, levels, clusters, **given)
         figures = evaluate_outcomes(scores, targets, clusters, share=scale.mean, intervals=intervals)
         if loss == "process_bce":
-            figures |= evaluate_solutions(scores, targets, rows, prompts, intervals=intervals)
+            labels = np.asarray([np.nan if x is None else x for row in self.heldout for x in row.targets], np.float64)
+            figures |= evaluate_solutions(every, labels, rows, prompts, intervals=intervals)
         return figures
 
 

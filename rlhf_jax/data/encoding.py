@@ -225,10 +225,7 @@ def encode_rated(tokenizer: Tokenizer) -> Callable[[Rated | Thumb], JudgedRow]:
 
 
 def encode_steps(tokenizer: Tokenizer) -> Callable[[Stepwise], JudgedRow]:
-    """A solution's steps, a line each, the last one ended; the prompt's own line ends before them.
-
-    Steps after the last judged one are left out: nothing before them sees them, and they would cost the prompt tokens.
-    """
+    """A solution's steps, a line each, the last one ended; the prompt's own line ends before them."""
 
     def encode(row: Stepwise) -> JudgedRow:
         prompt = (tokenizer.bos_id, *tokenizer.encode(row.prompt + "\n"))
@@ -236,8 +233,7 @@ def encode_steps(tokenizer: Tokenizer) -> Callable[[Stepwise], JudgedRow]:
         lines = [tuple(tokenizer.encode(step + "\n")) for step in first]
         parts = (*lines, (*tokenizer.encode(last), tokenizer.eos_id))
         targets = tuple(None if label is None else float(label) for label in row.labels)
-        read = max((i for i, target in enumerate(targets, start=1) if target is not None), default=len(targets))
-        return JudgedRow(row.prompt, prompt, parts[:read], targets[:read], row.annotator)
+        return JudgedRow(row.prompt, prompt, parts, targets, row.annotator)
 
     return encode
 

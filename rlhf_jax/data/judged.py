@@ -53,11 +53,14 @@ class JudgedRow:
         return any(target is not None for target in self.targets)
 
     def cut(self, length: int) -> "JudgedRow":
-        """The same in at most `length` tokens: the prompt loses what follows its first token, from its start on, then
-        the completion its end; of several parts those that lose any of it are no longer judged.
+        """The same in at most `length` tokens: parts after the last judged one go first, which nothing before them
+        sees; then the prompt loses what follows its first token, from its start on, then the completion its end; of
+        several parts those that lose any of it are no longer judged.
         """
         if self.longest <= length:
             return self
+        if self.tells and self.targets[-1] is None:
+            return replace(self, parts=self.parts[:-1], targets=self.targets[:-1]).cut(length)
         prompt, kept = fitted(self.prompt_tokens, [token for part in self.parts for token in part], length=length)
         parts, targets = [], []
         for part, target in zip(self.parts, self.targets, strict=True):

@@ -90,11 +90,12 @@ def evaluate_solutions(
 ) -> Figures:
     """Whether a solution's steps are all right, by what a process reward model says of each: auc by each of `FOLDS`.
 
-    scores and labels [m] are of steps, `rows` [m] the solutions that they stand in, `clusters` those solutions'.
-    Empty where all solutions are right or all wrong.
+    scores and labels [m] are of steps, NaN where a step was not judged, as those after the first wrong one may be: all
+    are read, or the number of steps would tell. `rows` [m] are the solutions that they stand in, `clusters` those
+    solutions'. Empty where all solutions are right or all wrong.
     """
     logps, ids = -np.logaddexp(0, -scores), np.unique(rows)
-    right = np.asarray([labels[rows == one].min() for one in ids])
+    right = np.asarray([np.nanmin(labels[rows == one]) for one in ids])
     if right.min() == right.max():
         return {}
     figures: Figures = {"solutions_right": float(right.mean())}

@@ -19,7 +19,7 @@ from rlhf_jax.algorithms.online_preference import METHODS, Config
 from rlhf_jax.algorithms.preference_losses import Term
 from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.checkpoint import save_params
-from rlhf_jax.config import Experiment, check_tokenizer, from_dict, to_dict, validate
+from rlhf_jax.config import Experiment, from_dict, to_dict, validate
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.pretrained import Bundled, Pretrained
@@ -362,7 +362,7 @@ def test_what_a_tokenizer_lacks_is_told_before_a_stage_begins(rows):
     for message, stage in told.items():
         whole = Experiment(model=Bundled(), data=rows[0], stages={"online": stage})
         with pytest.raises(UserError, match=message):
-            check_tokenizer(whole, tokenizer)
+            run.check_tokenizer(whole, tokenizer)
     plain = train_sentencepiece(["ab ba"] * 40, vocab_size=264)
     with pytest.raises(UserError, match=r"^reward.judge: the tokenizer has no token of its own for the answer 'A'"):
         make(reward=questions).check_tokenizer(plain)

@@ -1,11 +1,14 @@
 """Rows in tokens: what lengths drop, cut and count; nothing is longer than it may be, nothing is lost unsaid."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.data.encoding import encode_example, encode_group, encode_pair, encode_ranked, select
 from rlhf_jax.data.formats import Example, Pair, Ranked
+from rlhf_jax.data.judged import JudgedRow
 from rlhf_jax.data.reading import Mixed, Rows
 from rlhf_jax.data.sources import Jsonl, Mixture
 from rlhf_jax.errors import UserError
@@ -98,3 +101,14 @@ def test_nothing_left_is_said(tokenizer):
     rows = part(PAIRS, max_tokens=36, min_tokens=35)
     with pytest.raises(UserError, match=r"^rows\.jsonl: no row to train on is left that has 35 to 36 tokens$"):
         select(rows.source, [rows], encode_pair(tokenizer), length=40)
+
+
+def test_a_long_solution_loses_the_steps_that_nobody_judged_before_its_prompt():
+    row = JudgedRow("q", (1, 2, 3), ((4, 5), (6, 7), (8,), (9, 9)), (1.0, 0.0, None, None))
+    assert row.cut(10) == row
+    assert row.cut(9) == row.cut(8) == dataclasses.replace(row, parts=row.parts[:3], targets=row.targets[:3])
+    assert row.cut(7) == dataclasses.replace(row, parts=row.parts[:2], targets=row.targets[:2])
+    short = row.cut(6)  # and only then what follows its first token
+    assert short.prompt_tokens == (1, 3) and short.judged == [(3, 1.0), (5, 0.0)]
+    judged = dataclasses.replace(row, targets=(None, None, None, 1.0))
+    assert judged.cut(9).parts == row.parts and judged.cut(9).prompt_tokens == (1, 3)

@@ -65,8 +65,8 @@ def test_levels_have_the_loss_that_is_trained():
 
 
 def test_a_solution_is_as_right_as_its_steps_say():
-    scores = np.array([2.0, -1.0, 3.0, 3.0, 0.0, 4.0])
-    labels, rows = np.array([1.0, 0, 1, 1, 1, 0]), np.array([0, 0, 1, 1, 2, 2])
+    scores = np.array([2.0, -1.0, 3.0, 3.0, 0.0, 4.0, 5.0])  # of the last step nothing was said, and yet it is read
+    labels, rows = np.array([1.0, 0, 1, 1, 1, 0, np.nan]), np.array([0, 0, 1, 1, 2, 2, 2])
     found = evaluate_solutions(scores, labels, rows, ["a", "b", "c"])
     assert found["solutions_right"] == pytest.approx(1 / 3)  # solution 1 alone: the others have a wrong step
     p = 1 / (1 + np.exp(-scores))
@@ -74,4 +74,4 @@ def test_a_solution_is_as_right_as_its_steps_say():
         folded = [fold(p[rows == i]) for i in range(3)]
         assert found[f"solution_auc_{name}"] == roc_auc_score([0, 1, 0], folded)
     assert found["solution_auc_last"] == 0.5 and found["solution_auc_min"] == found["solution_auc_product"] == 1
-    assert evaluate_solutions(scores, np.ones(6), rows, ["a", "b", "c"]) == {}
+    assert evaluate_solutions(scores, np.ones(7), rows, ["a", "b", "c"]) == {}
