@@ -252,6 +252,7 @@ def train(
                 config.evaluation_sampling or config.sampling,
                 config.batch_size,
                 config.sampling.temperature,
+                config.turns,
             ),
             places.sampling,
             name,
