@@ -25,7 +25,8 @@ def decoding_weights(spec: ModelSpec, params: Params) -> Params:
     """A transformer's parameters, laid out by the rules of `sharding.decoding`, to be read with `extend` alone.
 
     A matrix that moves goes in the type that products cast it to, so that all numbers stay as they are. Where the
-    rules move nothing, as on one device, the parameters are given back.
+    rules move nothing, as on one device, they stay; where there is no loop over layers, each layer's are cut out of the
+    stack here, once.
     """
     boxed = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
@@ -40,7 +41,11 @@ def decoding_weights(spec: ModelSpec, params: Params) -> Params:
         product = path[-1].key in (*PROJECTIONS, "unembedding")
         return sharding.constrain(leaf.astype(spec.dtype) if product else leaf, *names[path])
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    params = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    if not spec.unrolled:
+        return params
+    layers = tuple(jax.tree.map(lambda x, i=layer: x[i], params["layers"]) for layer in range(spec.n_layers))
+    return {**params, "layers": layers}
 
 
 def _is_box(leaf: object) -> bool:

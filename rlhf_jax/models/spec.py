@@ -206,6 +206,11 @@ class ModelSpec:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
+    def unrolled(self) -> bool:
+        """Whether there is no loop over layers."""
+        return self.unroll >= self.n_layers
+
+    @property
     def layer_kinds(self) -> tuple[bool, ...]:
         """For each layer, whether it sees the window only."""
         return (self.window is not None,) * self.n_layers if self.local_layers is None else self.local_layers

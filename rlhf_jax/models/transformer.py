@@ -73,7 +73,9 @@ class Transformer(nn.Module):
         ropes, each = _ropes(s, positions_BT), (jnp.arange(s.n_layers), jnp.asarray(s.layer_kinds))
         keys, values = (None, None) if cache is None else (cache.keys, cache.values)
         start = None if cache is None else cache.length
-        if splits("layers") == 1 or self.is_initializing():
+        if cache is not None and s.unrolled:
+            x_BTD, keys, values = self._one_by_one((x_BTD, keys, values), ropes, attends, start)
+        elif splits("layers") == 1 or self.is_initializing():
             layers = _blocks(s, s.n_layers)(s, name="layers")
             (x_BTD, keys, values), _ = layers((x_BTD, keys, values), *each, ropes, attends, start)
         else:
@@ -82,6 +84,15 @@ class Transformer(nn.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, keys=keys, values=values, length=cache.length + tokens_BT.shape[1])
         return x_BTD, cache
+
+    def _one_by_one(self, carry, ropes, attends, start):
+        """The layers without a loop; of decoding weights each layer's lie apart, and none is cut out of the stack."""
+        s, layers = self.spec, self.get_variable("params", "layers")
+        block: Any = Block(s, parent=None)
+        for layer, kind in enumerate(s.layer_kinds):
+            own = layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda x, i=layer: x[i], layers)
+            carry, _ = block.apply({"params": own}, carry, layer, kind, ropes, attends, start)
+        return carry
 
     def _in_stages(self, x_BTD, each, rows):
         """The layers as the stages of a pipeline; what the routers did is left where the loop over layers leaves it."""
