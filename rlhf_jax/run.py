@@ -69,16 +69,24 @@ _LOCK = ".lock"
 _PATIENCE = 60  # seconds until a host sees what another has written
 
 
-def run(experiment: Experiment, workdir: Path, command: list[str], *, began: float | None = None) -> dict[str, Any]:
+def run(
+    experiment: Experiment,
+    workdir: Path,
+    command: list[str],
+    *,
+    began: float | None = None,
+    before: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
     """Run every stage that is not finished yet, or whose files are damaged; returns what summary.json holds.
 
-    The summary's seconds count from `began`, a reading of time.monotonic(), or from this call.
+    The summary's seconds count from `began`, a reading of time.monotonic(), or from this call. `before` is called with
+    each stage's name before it is looked at.
 
     Every process of the run calls it, and process 0 writes. Raises UserError before anything is written where the
     experiment cannot run, is another one in another process, or the workdir belongs to another one.
     """
     began = time.monotonic() if began is None else began
-    _check(experiment, workdir)
+    check(experiment, workdir)
     config = to_dict(experiment)
     _check_agreement({**config, "versions": versions()})
     with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), _terminable():
@@ -90,7 +98,7 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
         else:
             if hosts.is_writer() and not (workdir / "config.json").exists():
                 write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
-            _train(experiment, workdir, began)
+            _train(experiment, workdir, began, before)
         return hosts.from_writer(lambda: _summary(workdir))
 
 
@@ -127,8 +135,8 @@ def params_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _check(experiment: Experiment, workdir: Path) -> None:
-    """All that can be wrong before anything is compiled or written, but for what stands in the workdir."""
+def check(experiment: Experiment, workdir: Path) -> None:
+    """Raise UserError, before anything is compiled or written, for all that can be wrong but what is in the workdir."""
     validate(experiment, start_backend(experiment.mesh))
     check_inputs(experiment)
     for name, stage in experiment.stages.items():
@@ -202,7 +210,7 @@ def _is_complete(workdir: Path, experiment: Experiment) -> bool:
     return set(experiment.stages) <= set(whole_json(workdir / "summary.json") or ())
 
 
-def _train(experiment: Experiment, workdir: Path, began: float) -> None:
+def _train(experiment: Experiment, workdir: Path, began: float, before: Callable[[str], None]) -> None:
     with records.session(workdir, began) as stage_seconds:
         mesh = sharding.make_mesh(experiment.mesh)
         context = Context(
@@ -215,6 +223,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             ensembles=reward_model.ensembles(experiment.stages),
         )
         for name, stage in experiment.stages.items():
+            before(name)
             with records.timed(name, stage_seconds):
                 _run_stage(name, stage, context)
         files = {name: workdir / name / "summary.json" for name in experiment.stages}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
+from rlhf_jax.lockstep import any_replica
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import ModelSpec, Policy
 from rlhf_jax.sampling.transforms import Sampling, draw_token, transform_logits
@@ -57,7 +58,7 @@ def generate(
 
     def unfinished(carry: Any) -> Array:
         t, alive = carry[0], carry[1]
-        return (t < max_new_tokens) & jnp.any(alive)
+        return (t < max_new_tokens) & any_replica(alive)
 
     @decoding()
     def step(carry: Any) -> Any:
