@@ -1,4 +1,4 @@
-"""The command `rlhf-jax`: run an experiment or many, sample from it, score with it, draw its report, export its models."""
+"""The command `rlhf-jax`: run experiments, sample from them, score with them, draw reports, export models."""
 
 import argparse
 import contextlib

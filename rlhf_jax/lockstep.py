@@ -11,7 +11,7 @@ Outside of such a group `jit` is `jax.jit`.
 import hashlib
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
@@ -28,6 +29,9 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 Place = tuple[int, str, int]
 """A stage's number, the name of a function that it compiles, and how many of that name it had compiled before."""
+
+_Key = tuple[Place, Hashable, str]
+"""What calls of one program have in common: their place, the types of their arguments, what is compiled."""
 
 
 def jit(fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), out_shardings: Any = None) -> Callable:
@@ -39,7 +43,7 @@ def jit(fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), out_sha
     made = _Program(replica.place(fn), fn, program, donate_argnums, out_shardings)
 
     def call(*args: Any) -> Any:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args)):
             return program(*args)  # a part of another program
         return replica.group.call(_Call(replica, made, args))
 
@@ -124,14 +128,15 @@ class Group:
         self.running: dict[Replica, None] = dict.fromkeys(replicas)
         self.asked: int | None = None  # the signal to stop at, the same for all that stand at a call
         self.counts: Counter[str] = Counter()  # calls by how they were made: "mapped" or "alone"
-        self._vmapped, self._signal, self._at_once = vmapped, None, False
+        self.signal: int | None = None
+        self._vmapped, self._at_once = vmapped, False
         self._ready = deque(replicas)
         self._arrived: dict[Replica, _Call] = {}
         self._waiting: dict[Replica, Callable[[], bool]] = {}
         self._order: dict[Place, int] = {}
         self._identities: dict[Hashable, str] = {}
-        self._programs: dict[Hashable, _Program] = {}
-        self._mapped: dict[Hashable, Callable[..., Any]] = {}
+        self._programs: dict[_Key, _Program] = {}
+        self._mapped: dict[tuple[_Key, int, tuple[bool, ...]], Callable[..., Any]] = {}
         self._done = threading.Event()
         for replica in replicas:
             replica.group = self
@@ -164,13 +169,12 @@ class Group:
     def forget(self) -> None:
         """Let go of the programs of stages that all have left."""
         first = min(replica.stage for replica in self.running)
-        self._programs, self._mapped = (
-            {key: made for key, made in kept.items() if key[0][0] >= first} for kept in (self._programs, self._mapped)
-        )
+        self._programs = {key: made for key, made in self._programs.items() if key[0][0] >= first}
+        self._mapped = {key: made for key, made in self._mapped.items() if key[0][0][0] >= first}
 
     def stop(self, number: int) -> None:
         """By a signal: after the step that all are in; asked twice, each at its next call."""
-        self._at_once, self._signal = self._signal is not None, number
+        self._at_once, self.signal = self.signal is not None, number
 
     def call(self, call: _Call) -> Any:
         """Make a call when all have arrived."""
@@ -193,7 +197,7 @@ class Group:
         replica._turn.acquire()
         if self._at_once:
             self._arrived.pop(replica, None)
-            raise KeyboardInterrupt(self._signal)
+            raise KeyboardInterrupt(self.signal)
 
     def _next(self) -> None:
         """Give the turn to who can go on; where nobody can, to who makes the calls that are due."""
@@ -201,7 +205,7 @@ class Group:
             del self._waiting[replica]
             self._ready.append(replica)
         if not self._ready and self._arrived:
-            self.asked = self._signal
+            self.asked = self.signal
             self._ready.append(self._due()[0].replica)
         if self._ready:
             self._ready.popleft()._turn.release()
@@ -217,9 +221,12 @@ class Group:
 
     def _make(self, calls: list[_Call]) -> None:
         """Make them, in the thread of the first one: calls of one place have the same surroundings."""
-        same: dict[Hashable, list[_Call]] = {}
+        same: dict[_Key, list[_Call]] = {}
         for call in calls:
-            same.setdefault((call.program.place, call.shape, self._identity(call)), []).append(call)
+            try:
+                same.setdefault((call.program.place, call.shape, self._identity(call)), []).append(call)
+            except Exception as error:  # it cannot be compiled
+                call.error = error
         # Of some of the replicas no call is made together: another number of them is another program to compile.
         together = self._vmapped and len(calls) == len(self._arrived)
         for key, few in same.items():
@@ -229,7 +236,7 @@ class Group:
             del self._arrived[call.replica]
         self._ready.extend(call.replica for call in calls[1:])
 
-    def _serve(self, key: Hashable, calls: list[_Call], *, together: bool) -> None:
+    def _serve(self, key: _Key, calls: list[_Call], *, together: bool) -> None:
         """Make calls of one program; an error is of all whose call it was."""
         program = self._programs.setdefault(key, calls[0].program)
         common = tuple(
@@ -237,7 +244,7 @@ class Group:
             for xs in zip(*(call.leaves for call in calls), strict=True)
         )
         if together and len(calls) > 1 and not all(common):
-            mapped = (*key, len(calls), common)
+            mapped = key, len(calls), common
             if mapped not in self._mapped:
                 self._mapped[mapped] = _mapped(program, calls[0].args, common, len(calls))
             attempts = [(calls, lambda: self._mapped[mapped]([call.leaves for call in calls]))]

@@ -8,7 +8,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf_jax.algorithms.made_rows import named_stages

@@ -26,7 +26,7 @@ def render(folder: Path, runs: Sequence[Setting]) -> str:
     lines = "\n".join(table(summarise(runs, folder)))
     sections = "".join(_section(stage, number, runs, rows) for number, stage in enumerate(stages))
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    told = "Lines are means over seeds; shaded: 95% intervals of Student's t over them, by step, of runs that got there."
+    told = "Lines are means over seeds, shaded: their 95% intervals (Student's t), of the runs that got to a step."
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -65,8 +65,8 @@ def _figure(metric: str, identifier: str, runs: Sequence[Setting], stages: dict[
         mean, half = _mean_and_half(curves)
         color, dash = _COLORS[turn % len(_COLORS)], _DASHES[turn // len(_COLORS) % len(_DASHES)]
         named = ", ".join(f"{name} {values[path]}" for path, name in short(values).items())
-        marker = "o" if len(steps) < 2 else None
-        ax.plot(steps, mean, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=3.5, label=named or None)
+        style = {"color": color, "linestyle": dash, "marker": "o" if len(steps) < 2 else None}
+        ax.plot(steps, mean, linewidth=1.6, markersize=3.5, label=named or None, **style)
         ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     canvas.name_axes(ax, "step", known.unit)
     if runs[0].values:
@@ -75,7 +75,7 @@ def _figure(metric: str, identifier: str, runs: Sequence[Setting], stages: dict[
     return f'<figure id="{identifier}"><b>{escape(known.title)}</b>{svg}</figure>'
 
 
-def _together(series: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _together(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Steps of any run, and [runs, steps] values, NaN where a run has none."""
     steps = np.unique(np.concatenate([one[0] for one in series]))
     curves = np.full((len(series), len(steps)), np.nan)

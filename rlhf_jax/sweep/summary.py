@@ -17,7 +17,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 
 def summarise(runs: Sequence[Setting], folder: Path) -> dict[str, Any]:
-    """{"rows": [{"values", "seeds", "unfinished", stage: {figure: {"mean", "se", "low", "high"}}}]}, a row a combination.
+    """{"rows": […]}, a row a combination: "values", "seeds", "unfinished", and stage: {figure: {mean, se, low, high}}.
 
     Figures are those of runs that are finished; with one seed there is a mean alone.
     """
@@ -65,7 +65,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     names = short(rows[0]["values"])
     stages = [name for name, value in rows[0].items() if name not in ("values", "seeds", "unfinished")]
     for stage in stages:
-        figures = list(dict.fromkeys(name for row in rows for name in row[stage] if not name.endswith(("_low", "_high"))))
+        names_of = dict.fromkeys(name for row in rows for name in row[stage])
+        figures = [name for name in names_of if not name.endswith(("_low", "_high"))]
         cells = [[*names.values(), "seeds", *figures]]
         for row in rows:
             told = [_told(row[stage][name]) if name in row[stage] else "-" for name in figures]
@@ -77,7 +78,8 @@ def table(summary: dict[str, Any]) -> list[str]:
 def _figures(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     names = dict.fromkeys(name for one in summaries for name in one)
     found = {name: [number(one.get(name)) for one in summaries] for name in names}
-    return {name: over_seeds([v for v in values if v is not None]) for name, values in found.items() if None not in values}
+    whole = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: over_seeds(values) for name, values in whole.items() if len(values) == len(summaries)}
 
 
 def _told(figure: dict[str, float]) -> str:
@@ -90,4 +92,5 @@ def _transposed(cells: list[list[str]]) -> list[list[str]]:
 
 def _aligned(cells: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return [f"  {line}".rstrip() for line in lines]

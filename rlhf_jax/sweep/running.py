@@ -1,8 +1,8 @@
 """Running a sweep: its runs in step, each in a workdir of its own, and what they share made once.
 
-    DIR/sweep.json                       what is swept
-    DIR/seed=0,kl.coef=0.05/…            an ordinary workdir a run
-    DIR/summary.json, DIR/report.html    figures and curves over seeds
+DIR/sweep.json                       what is swept
+DIR/seed=0,kl.coef=0.05/…            an ordinary workdir a run
+DIR/summary.json, DIR/report.html    figures and curves over seeds
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from rlhf_jax import run as single
 from rlhf_jax.config import Experiment, differences
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
 from rlhf_jax.files import write_whole
-from rlhf_jax.lockstep import Group, Replica, current
+from rlhf_jax.lockstep import Group, Replica
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.records import read_json, say, write_json
 from rlhf_jax.sweep.grid import Setting, described, groups, settings
@@ -66,12 +66,6 @@ def sweep(
         said = f"runs {len(some)} of {len(runs)}" if len(some) < len(runs) else f"{len(runs)} runs"
         say(f"{folder}: group {number}: {said}, {'at once' if vmapped else 'in turns'}")
         failed |= _run_group(some, folder, owners, command, vmapped=vmapped)
-        stopped = next((error for error in failed.values() if isinstance(error, Stopped | KeyboardInterrupt)), None)
-        if isinstance(stopped, KeyboardInterrupt):
-            raise stopped
-        if stopped is not None:
-            left = stopped.exit_code - 128
-            raise Stopped(f"{folder}: stopped after the step that all were in, saved; the same command goes on", left)
     summary = summarise(runs, folder)
     write_json(folder / "summary.json", summary)
     write_whole(folder / "report.html", render(folder, runs))
@@ -124,16 +118,24 @@ def _run_group(
             if owner is not one:
                 _share(group, replica, by_label.get(owner.label), folder / owner.label, folder / one.label, stage)
 
-        single.run(one.experiment, folder / one.label, command, began=time.monotonic(), before=before)
+        try:
+            single.run(one.experiment, folder / one.label, command, began=time.monotonic(), before=before)
+        except Stopped:
+            raise
+        except Exception as error:
+            say(f"{error if isinstance(error, UserError) else repr(error)}; the other runs go on")
+            raise
 
     with _signals(group):
         outcomes = group.run(work)
+    if vmapped:
+        say(f"{folder}: of {group.counts.total()} compiled calls {group.counts['mapped']} were made at once")
     failed = {replica.label: error for replica, error in outcomes.items() if error is not None}
-    for label, error in failed.items():
+    for error in failed.values():
         if not isinstance(error, UserError | KeyboardInterrupt):
             raise error
-        if not isinstance(error, Stopped | KeyboardInterrupt):
-            say(f"[{label}] stopped: {error}")
+    if group.signal is not None:
+        raise Stopped(f"{folder}: stopped; the same command goes on from what is saved", group.signal)
     return failed
 
 
