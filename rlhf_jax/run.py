@@ -76,11 +76,12 @@ def run(
     *,
     began: float | None = None,
     before: Callable[[str], None] = lambda stage: None,
+    draws: bool = True,
 ) -> dict[str, Any]:
     """Run every stage that is not finished yet, or whose files are damaged; returns what summary.json holds.
 
     The summary's seconds count from `began`, a reading of time.monotonic(), or from this call. `before` is called with
-    each stage's name before it is looked at.
+    each stage's name before it is looked at; with `draws` False there is no report.html until `rlhf-jax report`.
 
     Every process of the run calls it, and process 0 writes. Raises UserError before anything is written where the
     experiment cannot run, is another one in another process, or the workdir belongs to another one.
@@ -99,7 +100,7 @@ def run(
             if hosts.is_writer() and not (workdir / "config.json").exists():
                 write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
             _train(experiment, workdir, began, before)
-        return hosts.from_writer(lambda: _summary(workdir))
+        return hosts.from_writer(lambda: _summary(workdir, draws=draws))
 
 
 def start_backend(mesh: MeshConfig) -> int:
@@ -233,13 +234,13 @@ def _train(experiment: Experiment, workdir: Path, began: float, before: Callable
             digests[name] = _digest(name, stage, context)
     if hosts.is_writer():
         write_json(workdir / "summary.json", {**summary, **records.costs(workdir), "params_digest": digests})
-        say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+        (workdir / "report.html").unlink(missing_ok=True)  # that of an earlier session
 
 
-def _summary(workdir: Path) -> dict[str, Any]:
+def _summary(workdir: Path, *, draws: bool) -> dict[str, Any]:
     """What summary.json holds; the report is drawn where it is missing."""
-    if not (workdir / "report.html").exists():
-        report.write(workdir)
+    if draws and not (workdir / "report.html").exists():
+        say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
     return read_json(workdir / "summary.json")
 
 

@@ -119,7 +119,8 @@ def _run_group(
                 _share(group, replica, by_label.get(owner.label), folder / owner.label, folder / one.label, stage)
 
         try:
-            single.run(one.experiment, folder / one.label, command, began=time.monotonic(), before=before)
+            began = time.monotonic()
+            single.run(one.experiment, folder / one.label, command, began=began, before=before, draws=False)
         except Stopped:
             raise
         except Exception as error:
