@@ -8,12 +8,15 @@ behind, at other shapes or gone changes how fast the others are and not what the
 Outside of such a group `jit` is `jax.jit`.
 """
 
+import contextlib
 import hashlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -120,6 +123,18 @@ class _Call:
         self.shape: Hashable = tree, tuple(types)  # what a compiled program is for
 
 
+class _ErrorOf(contextlib.AbstractContextManager):
+    """What is raised inside is to be raised where these calls were made."""
+
+    def __init__(self, calls: Sequence[_Call]) -> None:
+        self._calls = calls
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        for call in self._calls:
+            call.error = error
+        return isinstance(error, Exception)
+
+
 class Group:
     """Replicas that go in step, as `work` of each takes them."""
 
@@ -137,34 +152,25 @@ class Group:
         self._identities: dict[Hashable, str] = {}
         self._programs: dict[_Key, _Program] = {}
         self._mapped: dict[tuple[_Key, int, tuple[bool, ...]], Callable[..., Any]] = {}
-        self._done = threading.Event()
         for replica in replicas:
             replica.group = self
 
     def run(self, work: Callable[[Replica], Any]) -> dict[Replica, BaseException | None]:
         """Let all work; what each one's work has raised."""
-        outcomes: dict[Replica, BaseException | None] = {}
 
         def own(replica: Replica) -> None:
             replica._turn.acquire()
             _CURRENT.set(replica)
             try:
                 work(replica)
-                outcomes[replica] = None
-            except BaseException as error:
-                outcomes[replica] = error
-            del self.running[replica]
-            self._next()
+            finally:
+                del self.running[replica]
+                self._next()
 
-        threads = [threading.Thread(target=own, args=(one,), name=one.label) for one in self.running]
-        for thread in threads:
-            thread.start()
-        self._next()
-        while not self._done.wait(1.0):  # so that signals are heard
-            pass
-        for thread in threads:
-            thread.join()
-        return outcomes
+        with futures.ThreadPoolExecutor(len(self.running)) as threads:
+            working = {replica: threads.submit(own, replica) for replica in list(self.running)}
+            self._next()
+        return {replica: future.exception() for replica, future in working.items()}
 
     def forget(self) -> None:
         """Let go of the programs of stages that all have left."""
@@ -209,8 +215,6 @@ class Group:
             self._ready.append(self._due()[0].replica)
         if self._ready:
             self._ready.popleft()._turn.release()
-        else:
-            self._done.set()
 
     def _due(self) -> list[_Call]:
         """The calls at the earliest place at which anybody stands: a stage's places are in the order of first calls."""
@@ -223,10 +227,8 @@ class Group:
         """Make them, in the thread of the first one: calls of one place have the same surroundings."""
         same: dict[_Key, list[_Call]] = {}
         for call in calls:
-            try:
+            with _ErrorOf([call]):  # it may be one that cannot be compiled
                 same.setdefault((call.program.place, call.shape, self._identity(call)), []).append(call)
-            except Exception as error:  # it cannot be compiled
-                call.error = error
         # Of some of the replicas no call is made together: another number of them is another program to compile.
         together = self._vmapped and len(calls) == len(self._arrived)
         for key, few in same.items():
@@ -252,13 +254,8 @@ class Group:
             attempts = [([call], lambda call=call: [program.own(*call.args)]) for call in calls]
         self.counts["mapped" if len(attempts) < len(calls) else "alone"] += len(calls)
         for whose, attempt in attempts:
-            try:
-                outcomes = attempt()
-            except Exception as error:
-                for call in whose:
-                    call.error = error
-            else:
-                for call, outcome in zip(whose, outcomes, strict=True):
+            with _ErrorOf(whose):
+                for call, outcome in zip(whose, attempt(), strict=True):
                     call.outcome = outcome
 
     def _identity(self, call: _Call) -> str:

@@ -123,8 +123,8 @@ def _run_group(
             single.run(one.experiment, folder / one.label, command, began=began, before=before, draws=False)
         except Stopped:
             raise
-        except Exception as error:
-            say(f"{error if isinstance(error, UserError) else repr(error)}; the other runs go on")
+        except UserError as error:
+            say(f"{error}; the other runs go on")
             raise
 
     with _signals(group):
@@ -147,6 +147,8 @@ def _share(group: Group, replica: Replica, owner: Replica | None, source: Path, 
     if owner is not None:
         group.wait_until(replica, lambda: (source / stage / _LINKED).exists() or owner not in group.running)
     if not (source / stage / _LINKED).exists():
+        if group.signal is not None:
+            raise Stopped(f"{stage}: stopped before it", group.signal)
         raise UserError(f"{stage}: it is that of {source.name}, which did not finish it")
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     rows = [row for row in rows if row["stage"] != stage]

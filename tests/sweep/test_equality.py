@@ -46,14 +46,15 @@ def get_config():
     best = best_of_n.Config(policy="sft", reward="reward_model", n=4, keep=2, prompts=16, completion_tokens=12,
                             evaluation_prompts=16, batch_size=16)
     more = {
-        "grpo": policy.Config(**on_policy, **METHODS["grpo"]),
+        "grpo": policy.Config(**on_policy, **METHODS["grpo"] | {"group_size": 4}),
         "trpo": policy.Config(**{**on_policy, "minibatches": 1}, **METHODS["trpo"]),
         "online": online_preference.Config(policy="sft", reward="reward_model", exact_kl_rows=8, **sampled),
         "dpo": preference.Config(init="sft", pairs=pairs, length=21, losses=(Term("dpo", beta=0.1),), **read),
         "kto": preference.Config(init="sft", pairs=pairs, length=21, losses=(Term("kto", beta=0.1),), **read),
         "best": best,
         "ilql": offline.Config(init="sft", **offline_rows, data=FromStage("best"), method=Ilql(), **read),
-        "filtered": offline.Config(init="sft", **offline_rows, data=FromStage("best"), method=Filtered(top=0.5), **read),
+        "filtered": offline.Config(init="sft", **offline_rows, data=FromStage("best"), method=Filtered(top=0.5),
+                                   **read),
         "distilled": distill.Config(student="sft", teacher="ppo", **sampled),
         "read": compare.Config(policy="filtered", reward="reward_model", completion_tokens=12, evaluation_prompts=16),
     }
