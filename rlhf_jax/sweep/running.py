@@ -52,6 +52,8 @@ def sweep(
     Raises UserError before anything is written where something cannot run; at the end, the figures of the others
     written, where a run has failed; Stopped after a signal.
     """
+    if experiment.wandb:
+        raise UserError("wandb: a process sends one run at a time there; leave it False, a sweep writes files alone")
     runs = settings(experiment, seeds, varied)
     for one in {json.dumps(one.values): one for one in runs}.values():
         _checked(one, folder)

@@ -69,19 +69,19 @@ from rlhf_jax.run import run
 from rlhf_jax.sweep import sweep
 from rlhf_jax.sweep.grid import settings
 
-config, folder, seeds, *varied = sys.argv[1:]
+config, folder, seeds, each, *varied = sys.argv[1:]
 experiment, folder = load_config(config), Path(folder)
 for name, vmapped in (("vmap", True), ("turns", False)):
     sweep(experiment, int(seeds), varied, folder / name, [], vmapped=vmapped)
-for one in settings(experiment, int(seeds), varied):
+for one in settings(experiment, int(seeds), varied)[:: int(each)]:
     run(one.experiment, folder / "single" / one.label, [], draws=False)
 """
 
 
-def swept(folder, stages, seeds, *varied, also=()):
-    """Single runs, each with those of the two sweeps, after a process that makes them all; what it said."""
+def swept(folder, stages, seeds, *varied, also=(), each=1):
+    """Every `each`th single run, with those of the two sweeps, after a process that makes all; what it said."""
     faulty = Faulty(folder, *stages, config=f"{SHORT}\n{MORE}\nALSO = {also}\n" if also else SHORT)
-    command = [sys.executable, "-c", SCRIPT, str(folder / "tiny.py"), str(folder), str(seeds), *varied]
+    command = [sys.executable, "-c", SCRIPT, str(folder / "tiny.py"), str(folder), str(seeds), str(each), *varied]
     done = subprocess.run(command, env=faulty.env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     singles = sorted((folder / "single").iterdir())
@@ -116,7 +116,7 @@ def check(runs, apart):
 
 
 def test_fine_tuning_by_seed_and_learning_rate(tmp_path):
-    runs, said = swept(tmp_path, ("sft",), 2, "stages.sft.optimizer.learning_rate=0.001,0.03")
+    runs, said = swept(tmp_path, ("sft",), 2, "stages.sft.optimizer.learning_rate=0.001,0.03", each=3)
     check(runs, ["loss"])
     [told] = [line for line in said.splitlines() if "made at once" in line]
     assert told.split("of ")[1].split()[0] == told.split()[-5], told  # every compiled call

@@ -149,6 +149,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(stages, tm
 def test_what_cannot_run_is_told_before_anything_is_written(stages, tmp_path):
     said = refused(2, ["stages.sft.length=16,100"], tmp_path / "all")
     assert "stages.sft.length: 100 tokens" in said and "--vary stages.sft.length=100" in said
+    assert refused(2, [], tmp_path / "all", wandb=True).startswith("wandb: a process sends one run")
     assert not (tmp_path / "all").exists() and stages.trained == []
 
 
