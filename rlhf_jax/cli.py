@@ -1,4 +1,4 @@
-"""The command `rlhf-jax`: run an experiment, sample from it, score with it, draw its report, export its models."""
+"""The command `rlhf-jax`: run experiments, sample from them, score with them, draw reports, export models."""
 
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ from rlhf_jax.errors import NO_ROOM, UserError
 USAGE = """usage: rlhf-jax COMMAND …
 
   run CONFIG [--workdir DIR] [--FIELD VALUE …]             train an experiment, or go on with it
+  sweep CONFIG --seeds 8 [--vary FIELD=A,B …] [--to DIR]   train it with many seeds and numbers, side by side
   sample WORKDIR --prompt TEXT [--n 4] [--json]            complete a prompt with a run's newest policy, or a .gguf file
   score WORKDIR --input FILE [--json]                      try a run's reward model on a JSONL file
   report WORKDIR                                           draw report.html again
@@ -36,6 +37,20 @@ Train the stages of an experiment, in order. The same command again goes on wher
 
   rlhf-jax run configs/quickstart.py --help                     what the config does, and all its fields
   rlhf-jax run configs/quickstart.py --stages.ppo.kl.coef 0.1   with one field changed
+"""
+
+SWEEP_USAGE = """usage: rlhf-jax sweep CONFIG --seeds N [--vary FIELD=A,B …] [--to DIR] [--FIELD VALUE …]
+
+Train an experiment with every seed and every combination of values, each in a workdir of its own below DIR, and put
+figures and curves over seeds into DIR/report.html and DIR/summary.json. The same command again goes on.
+
+  rlhf-jax sweep configs/quickstart.py --seeds 8 --vary stages.ppo.kl.coef=0.01,0.05,0.2
+  --seeds       how many, from the experiment's own seed on (1)
+  --vary        a field that is a number, and its values; each further --vary multiplies the runs
+  --to          the folder (runs/<name of the config>-sweep)
+  --calls       vmap: the compiled calls of all runs at once; turns: one after another, by one program for all;
+                auto (the default): turns on a CPU, whose cores one run fills, else vmap
+  --FIELD       any field of the experiment, for all runs; `rlhf-jax run CONFIG --help` lists them
 """
 
 PLAN_USAGE = """usage: rlhf-jax plan CONFIG --topology KIND:SHAPE [--FIELD VALUE …]
@@ -189,6 +204,35 @@ def _run(args: list[str]) -> None:
         run(experiment, workdir, ["rlhf-jax", "run", *args], began=_BEGAN)
 
 
+def _sweep(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(SWEEP_USAGE, end="")
+        return
+    if args[0].startswith("-"):
+        raise UserError("the config file comes first, such as: rlhf-jax sweep configs/quickstart.py --seeds 8")
+    path = Path(args[0])
+    options = argparse.ArgumentParser(
+        prog=f"rlhf-jax sweep {path}", add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--vary", action="append", default=[])
+    options.add_argument("--to", type=Path, default=Path("runs") / f"{path.stem}-sweep")
+    options.add_argument("--calls", choices=("auto", "vmap", "turns"), default="auto")
+    try:
+        a, flags = options.parse_known_args(args[1:])
+    except argparse.ArgumentError as error:
+        raise UserError(str(error).removeprefix("argument ")) from None
+    if any(flag.split("=")[0] == "--workdir" for flag in flags):
+        raise UserError("--workdir is a single run's; --to names the folder of a sweep")
+    from rlhf_jax.config import load_config, parse
+    from rlhf_jax.sweep import sweep, table
+
+    vmapped = {"auto": None, "vmap": True, "turns": False}[a.calls]
+    experiment = parse(load_config(path), flags)
+    found = sweep(experiment, a.seeds, a.vary, a.to, ["rlhf-jax", "sweep", *args], vmapped=vmapped)
+    print("\n".join(table(found)))
+
+
 def _plan(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(PLAN_USAGE, end="")
@@ -310,6 +354,7 @@ def _start() -> None:
 
 _COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "run": _run,
+    "sweep": _sweep,
     "sample": _sample,
     "score": _score,
     "report": _report,

@@ -22,7 +22,7 @@ from rich.progress import Progress as RichProgress
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from rlhf_jax import hosts
+from rlhf_jax import hosts, lockstep
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 
@@ -213,7 +213,9 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.step = stage, total, start
-        self._console = Console(file=sys.stderr if stream is None else stream, quiet=not hosts.is_writer())
+        replica = lockstep.current()
+        quiet = not hosts.is_writer() if replica is None else not replica.speaks
+        self._console = Console(file=sys.stderr if stream is None else stream, quiet=quiet)
         self._interval, self._clock, self._began = interval, clock, clock()
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}

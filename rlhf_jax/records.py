@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import digests, hosts
+from rlhf_jax import digests, hosts, lockstep
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 
@@ -19,6 +19,9 @@ _SESSIONS = "sessions.json"
 
 def say(text: str) -> None:
     """A line for the user, on stderr: stdout is for what was asked for."""
+    replica = lockstep.current()
+    if replica is not None:
+        text = f"[{replica.label}] {text}"
     if hosts.is_writer():
         print(text, file=sys.stderr, flush=True)
 

@@ -77,16 +77,25 @@ _LOCK = ".lock"
 _PATIENCE = 60  # seconds until a host sees what another has written
 
 
-def run(experiment: Experiment, workdir: Path, command: list[str], *, began: float | None = None) -> dict[str, Any]:
+def run(
+    experiment: Experiment,
+    workdir: Path,
+    command: list[str],
+    *,
+    began: float | None = None,
+    before: Callable[[str], None] = lambda stage: None,
+    draws: bool = True,
+) -> dict[str, Any]:
     """Run every stage that is not finished yet, or whose files are damaged; returns what summary.json holds.
 
-    The summary's seconds count from `began`, a reading of time.monotonic(), or from this call.
+    The summary's seconds count from `began`, a reading of time.monotonic(), or from this call. `before` is called with
+    each stage's name before it is looked at; with `draws` False there is no report.html until `rlhf-jax report`.
 
     Every process of the run calls it, and process 0 writes. Raises UserError before anything is written where the
     experiment cannot run, is another one in another process, or the workdir belongs to another one.
     """
     began = time.monotonic() if began is None else began
-    _check(experiment, workdir)
+    check(experiment, workdir)
     config = to_dict(experiment)
     _check_agreement({**config, "versions": versions()})
     with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), _terminable():
@@ -98,8 +107,8 @@ def run(experiment: Experiment, workdir: Path, command: list[str], *, began: flo
         else:
             if hosts.is_writer() and not (workdir / "config.json").exists():
                 write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
-            _train(experiment, workdir, began)
-        return hosts.from_writer(lambda: _summary(workdir))
+            _train(experiment, workdir, began, before)
+        return hosts.from_writer(lambda: _summary(workdir, draws=draws))
 
 
 def start_backend(mesh: MeshConfig) -> int:
@@ -135,8 +144,8 @@ def params_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _check(experiment: Experiment, workdir: Path) -> None:
-    """All that can be wrong before anything is compiled or written, but for what stands in the workdir."""
+def check(experiment: Experiment, workdir: Path) -> None:
+    """Raise UserError, before anything is compiled or written, for all that can be wrong but what is in the workdir."""
     validate(experiment, start_backend(experiment.mesh))
     check_inputs(experiment)
     for name, stage in experiment.stages.items():
@@ -210,7 +219,7 @@ def _is_complete(workdir: Path, experiment: Experiment) -> bool:
     return set(experiment.stages) <= set(whole_json(workdir / "summary.json") or ())
 
 
-def _train(experiment: Experiment, workdir: Path, began: float) -> None:
+def _train(experiment: Experiment, workdir: Path, began: float, before: Callable[[str], None]) -> None:
     with records.session(workdir, began) as stage_seconds:
         mesh = sharding.make_mesh(experiment.mesh)
         context = Context(
@@ -224,6 +233,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
         )
         check_tokenizer(experiment, context.model.tokenizer)
         for name, stage in experiment.stages.items():
+            before(name)
             with records.timed(name, stage_seconds):
                 _run_stage(name, stage, context)
         files = {name: workdir / name / "summary.json" for name in experiment.stages}
@@ -233,7 +243,7 @@ def _train(experiment: Experiment, workdir: Path, began: float) -> None:
             digests[name] = _digest(name, stage, context)
     if hosts.is_writer():
         write_json(workdir / "summary.json", {**summary, **records.costs(workdir), "params_digest": digests})
-        say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
+        (workdir / "report.html").unlink(missing_ok=True)  # that of an earlier session
 
 
 def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None:
@@ -247,10 +257,10 @@ def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None
             raise UserError(f"stages.{name}.{error}") from None
 
 
-def _summary(workdir: Path) -> dict[str, Any]:
+def _summary(workdir: Path, *, draws: bool) -> dict[str, Any]:
     """What summary.json holds; the report is drawn where it is missing."""
-    if not (workdir / "report.html").exists():
-        report.write(workdir)
+    if draws and not (workdir / "report.html").exists():
+        say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
     return read_json(workdir / "summary.json")
 
 

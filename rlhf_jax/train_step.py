@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax import guard, sharding
+from rlhf_jax import guard, lockstep, sharding
 from rlhf_jax.models import lora
 from rlhf_jax.models.spec import DType
 from rlhf_jax.numerics import as_float, stochastic_round
@@ -105,7 +105,7 @@ def compiled(step: Callable[..., tuple], state: Any, *, others: int = 1) -> Call
     Without the layout, the compiler picks one for what comes out, and the second call compiles again.
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, *(None,) * others))
+    return lockstep.jit(step, donate_argnums=(0,), out_shardings=(layout, *(None,) * others))
 
 
 def in_parts(fn: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
@@ -202,7 +202,7 @@ def _in_shards(mesh: Mesh, make: Callable[[Any, Key], TrainState], source: Any, 
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(source)):
         return sharding.in_shards(layout, sharding.unbox(boxed))
     with sharding.scope(mesh):
-        return jax.jit(lambda *args: sharding.unbox(make(*args)), out_shardings=layout)(source, key)
+        return lockstep.jit(lambda *args: sharding.unbox(make(*args)), out_shardings=layout)(source, key)
 
 
 def _as_master(params: Params, master: DType) -> Params:

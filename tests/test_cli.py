@@ -62,7 +62,7 @@ class TestCommands:
 
     def test_unknown(self, call):
         assert error(call("rnu")) == "no command 'rnu'; did you mean 'run'?"
-        assert error(call("zzz")) == "no command 'zzz'; there are run, sample, score, report, plan, export"
+        assert error(call("zzz")) == "no command 'zzz'; there are run, sweep, sample, score, report, plan, export"
 
     def test_version(self, call):
         assert call("--version") == (0, f"rlhf_jax {__version__}\n", "")

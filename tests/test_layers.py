@@ -15,12 +15,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = (
-    ("types", "errors", "files", "digests", "cache", "numerics", "masking", "hosts"),
+    ("types", "errors", "files", "digests", "cache", "numerics", "masking", "hosts", "lockstep"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
     ("mesh", "models", "interop", "sharding", "transfer", "placement", "sampling", "rewards", "data"),
     ("guard", "optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
-    ("config", "provenance", "records", "run", "cli", "inference", "plan"),
+    ("config", "provenance", "records", "run", "cli", "inference", "plan", "sweep"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 LOSSES = tuple(f"losses.{path.stem}" for path in sorted((ROOT / "losses").glob("[a-z]*.py")))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import hosts, models, sharding, transfer
+from rlhf_jax import hosts, lockstep, models, sharding, transfer
 from rlhf_jax.algorithms import dynamic_sampling
 from rlhf_jax.algorithms.consolidation import Anchor
 from rlhf_jax.algorithms.context import BASE, Context
@@ -174,7 +174,8 @@ class Whole:
         self._programs, self._context = programs(algorithm, state), places.training
         self._frozen, self._scorer = frozen, scorer
         self._copies, self._redraws = algorithm.config.copies, algorithm.config.redraws
-        self._chosen = jax.jit(dynamic_sampling.chosen, out_shardings=sharding.batch_sharding(places.training.mesh))
+        layout = sharding.batch_sharding(places.training.mesh)
+        self._chosen = lockstep.jit(dynamic_sampling.chosen, out_shardings=layout)
 
     def shapes(self, state: Any) -> Any:
         """The state itself."""
@@ -231,7 +232,7 @@ def programs(algorithm: Algorithm, state: Any) -> dict[str, Callable[..., Any]]:
 
     if isinstance(algorithm.config.reward, str):
         return {"iteration": compiled(algorithm.iteration, state, others=2)}
-    return {"sample": jax.jit(sample), "learn": compiled(algorithm.learn, state, others=2)}
+    return {"sample": lockstep.jit(sample), "learn": compiled(algorithm.learn, state, others=2)}
 
 
 @flax.struct.dataclass
@@ -281,8 +282,8 @@ class Phases:
         self._trained = Frozen({}, {}, training.base, training.head_base)
         rows: Any = sharding.batch_sharding(self._sampling)
         whole: Any = sharding.replicated(self._sampling)
-        self._sample = jax.jit(algorithm.sample, out_shardings=rows)
-        self._score = jax.jit(algorithm.score, out_shardings=(rows, whole))
+        self._sample = lockstep.jit(algorithm.sample, out_shardings=rows)
+        self._score = lockstep.jit(algorithm.score, out_shardings=(rows, whole))
         self._improve = compiled(algorithm.improve, state, others=2)
         boxes = lora.own(training.spec, jax.eval_shape(partial(models.init, training.spec), jax.random.key(0)))
         self._behaviour = Behaviour(sharding.shardings(self._sampling, boxes), whole, whole)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import jax
 
-from rlhf_jax import checkpoint, hosts, sharding
+from rlhf_jax import checkpoint, hosts, lockstep, sharding
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.errors import NonFiniteError, Stopped
 from rlhf_jax.metrics import MetricsWriter, Progress
@@ -157,6 +157,9 @@ class Loop:
 
     def _asked(self) -> int | None:
         """The signal to stop at: of several processes one that any of them had a call ago, so that all stop at once."""
+        replica = lockstep.current()
+        if replica is not None:
+            return replica.group.asked
         if hosts.count() == 1:
             return self._signal
         told, self._told = self._told, sharding.largest_of_processes(self._signal or 0)

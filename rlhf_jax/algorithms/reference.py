@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax import digests, hosts, models, sharding
+from rlhf_jax import digests, hosts, lockstep, models, sharding
 from rlhf_jax.algorithms.context import check_positive
 from rlhf_jax.data.pipeline import by_part
 from rlhf_jax.data.preference_batches import Completed
@@ -67,7 +67,7 @@ class CompletionLogps:
     ) -> None:
         """`make` makes a batch of rows."""
         self._mesh, self._make, self._batch_size = mesh, make, batch_size
-        self._read = jax.jit(lambda params, batch: completion_logps(spec, params, batch)[0])
+        self._read = lockstep.jit(lambda params, batch: completion_logps(spec, params, batch)[0])
 
     def __call__(self, params: Params, rows: Sequence[Completed]) -> Float[np.ndarray, "n k"]:
         """0 for completions that a row does not have; there must be a row."""

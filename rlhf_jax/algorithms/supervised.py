@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import jax
 
-from rlhf_jax import guard, losses, models, sharding
+from rlhf_jax import guard, lockstep, losses, models, sharding
 from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_field, check_positive
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
@@ -197,7 +197,7 @@ def heldout_means(
     some = itertools.islice(batches, config.heldout_rows // config.batch_size)
     held = [sharding.shard_batch(context.mesh, batch) for batch in some]
 
-    @jax.jit
+    @lockstep.jit
     def one(params: Params, batch: Any, hyper: Hyper) -> dict[str, Mean]:
         loss, metrics = loss_fn(params, batch, hyper, jax.random.key(0))
         return {"loss": loss, **metrics}

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from rlhf_jax import hosts, masking, models, sharding
+from rlhf_jax import hosts, lockstep, masking, models, sharding
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.evals.text import distinct_n, equal_tokens
 from rlhf_jax.files import write_whole
@@ -77,7 +77,7 @@ class PolicyEvaluation:
     ) -> None:
         self._mesh, self._tokenizer, self._sampler = mesh, tokenizer, sampler
         self._prompts, self._key, self._judges = prompts, key, judges
-        self._cut = (lambda rollout: rollout) if cut is None else jax.jit(cut)
+        self._cut = (lambda rollout: rollout) if cut is None else lockstep.jit(cut)
         self._network, self._scorer = (reward, None) if isinstance(reward, dict) else ({}, reward)
         self._part, self._network = (None, self._network) if network is None else network
 
@@ -92,7 +92,7 @@ class PolicyEvaluation:
                 logps = rollout_logps(spec, policy, rollout, temperature=temperature)
             return {"kl": (logps - ref_logps).sum(-1), **scores}
 
-        self._readings = jax.jit(readings)
+        self._readings = lockstep.jit(readings)
 
     def __call__(self, policy: Policy, reference: Params) -> list[Row]:
         """A row a prompt, in the prompts' order."""

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from rlhf_jax import hosts, models, sharding
+from rlhf_jax import hosts, lockstep, models, sharding
 from rlhf_jax.data.encoding import chat_tokenizer
 from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.errors import UserError
@@ -61,7 +61,7 @@ def judging_program(spec: ModelSpec, first: int, second: int) -> Callable[[Param
         logits = models.unembed(spec, params, last)[:, 0]
         return jax.nn.sigmoid(logits[:, first] - logits[:, second])
 
-    return jax.jit(program)
+    return lockstep.jit(program)
 
 
 def _letter(tokenizer: Tokenizer, letter: str) -> int:

@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from rlhf_jax import hosts, models, sharding
+from rlhf_jax import hosts, lockstep, models, sharding
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.rewards.ensemble import Ensemble, each, member_scores
 from rlhf_jax.types import Params
@@ -35,10 +34,10 @@ class RewardNetwork:
         multiple = sharding.row_multiple(mesh)
         self._mesh, self._length, self._pad_id, self._ensemble = mesh, length, pad_id, ensemble
         self._batch_size = math.ceil(batch_size / multiple) * multiple
-        self._score = jax.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
+        self._score = lockstep.jit(lambda params, tokens, mask: models.score(spec, params, tokens, mask))
         if ensemble is not None:
-            self._score = jax.jit(lambda params, tokens, mask: member_scores(spec, params, ensemble, tokens, mask))
-        self._at = jax.jit(
+            self._score = lockstep.jit(lambda params, tokens, mask: member_scores(spec, params, ensemble, tokens, mask))
+        self._at = lockstep.jit(
             lambda params, tokens, mask, ends: each(
                 spec, params, ensemble, lambda one: models.scores_at(spec, one, tokens, mask, ends)
             )

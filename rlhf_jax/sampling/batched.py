@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from rlhf_jax import hosts, sharding
+from rlhf_jax import hosts, lockstep, sharding
 from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import ModelSpec, Policy
@@ -40,7 +40,7 @@ def sampling_program(
             turns=turns,
         )
 
-    return jax.jit(program)
+    return lockstep.jit(program)
 
 
 class Sampler:

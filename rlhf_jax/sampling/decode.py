@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
+from rlhf_jax.lockstep import any_replica
 from rlhf_jax.logprobs import token_logps
 from rlhf_jax.models import Cache, ModelSpec, Policy
 from rlhf_jax.sampling.prefill import Prefilled, lengthened, prefill, rows_of, take
@@ -86,7 +87,7 @@ def all_at_once(step: Step, before: Prefilled, *, copies: int, length: int, last
 
     def unfinished(carry: Any) -> Array:
         t, alive = carry[0], carry[1]
-        return (t < length) & jnp.any(alive)
+        return (t < length) & any_replica(alive)
 
     def body(carry: Any) -> Any:
         t, alive, tokens, mask, logps, state, cache = carry

@@ -1,0 +1,6 @@
+"""Many runs of one experiment, seeds and numbers varied, as one program: `rlhf-jax sweep`."""
+
+from rlhf_jax.sweep.running import sweep
+from rlhf_jax.sweep.summary import table
+
+__all__ = ["sweep", "table"]

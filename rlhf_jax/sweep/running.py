@@ -1,0 +1,204 @@
+"""Running a sweep: its runs in step, each in a workdir of its own, and what they share made once.
+
+DIR/sweep.json                       what is swept
+DIR/seed=0,kl.coef=0.05/…            an ordinary workdir a run
+DIR/summary.json, DIR/report.html    figures and curves over seeds
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+from rlhf_jax import run as single
+from rlhf_jax.config import Experiment, differences
+from rlhf_jax.errors import NonFiniteError, Stopped, UserError
+from rlhf_jax.files import write_whole
+from rlhf_jax.lockstep import Group, Replica
+from rlhf_jax.metrics import read_jsonl
+from rlhf_jax.records import read_json, say, write_json
+from rlhf_jax.sweep.grid import Setting, described, groups, settings
+from rlhf_jax.sweep.page import render
+from rlhf_jax.sweep.summary import summarise
+
+SWEEP = "sweep.json"
+_LINKED = "summary.json"  # the last file of a finished stage
+
+
+def sweep(
+    experiment: Experiment,
+    seeds: int,
+    varied: Sequence[str],
+    folder: Path,
+    command: list[str],
+    *,
+    vmapped: bool | None = None,
+) -> dict[str, Any]:
+    """Run all that is not finished yet; returns what DIR/summary.json holds.
+
+    `vmapped`: compiled calls are made for all runs at once (`jax.vmap`), or in turns, by one program that is compiled
+    once; None: at once but on CPUs, whose cores one run fills: there turns are faster.
+
+    Raises UserError before anything is written where something cannot run; at the end, the figures of the others
+    written, where a run has failed; Stopped after a signal.
+    """
+    if experiment.wandb:
+        raise UserError("wandb: a process sends one run at a time there; leave it False, a sweep writes files alone")
+    runs = settings(experiment, seeds, varied)
+    for one in {json.dumps(one.values): one for one in runs}.values():
+        _checked(one, folder)
+    _claim(folder, described(experiment, seeds, runs))
+    vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
+    owners: dict[str, Setting] = {}
+    for one in runs:
+        for stage in one.experiment.stages:
+            owners.setdefault(one.share(stage), one)
+    failed: dict[str, BaseException] = {}
+    for number, some in enumerate(groups(runs), start=1):
+        said = f"runs {len(some)} of {len(runs)}" if len(some) < len(runs) else f"{len(runs)} runs"
+        say(f"{folder}: group {number}: {said}, {'at once' if vmapped else 'in turns'}")
+        failed |= _run_group(some, folder, owners, command, vmapped=vmapped)
+    summary = summarise(runs, folder)
+    write_json(folder / "summary.json", summary)
+    write_whole(folder / "report.html", render(folder, runs))
+    say(f"{folder / 'summary.json'} and {folder / 'report.html'} are written")
+    _raise_failures(failed, len(runs))
+    return summary
+
+
+def _checked(one: Setting, folder: Path) -> None:
+    try:
+        single.check(one.experiment, folder / one.label)
+    except UserError as error:
+        values = ", ".join(f"{path}={value}" for path, value in one.values.items())
+        raise UserError(f"{error} (--vary {values})" if values else str(error)) from None
+
+
+def _claim(folder: Path, this: Mapping[str, Any]) -> None:
+    """Make the folder this sweep's; UserError where it is another's."""
+    path = folder / SWEEP
+    if path.exists():
+        changed = differences(read_json(path), this)
+        if changed:
+            raise UserError(f"{folder} is of another sweep: {'; '.join(changed)}. Choose another --to, or those values")
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to {folder} is a file, not a folder")
+    if folder.is_dir() and any(not inside.name.startswith(".") for inside in folder.iterdir()):
+        raise UserError(f"--to {folder} holds files and no sweep; choose an empty or a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {folder} cannot be made: {error.strerror}") from None
+    write_json(path, dict(this))
+
+
+def _run_group(
+    runs: Sequence[Setting], folder: Path, owners: Mapping[str, Setting], command: list[str], *, vmapped: bool
+) -> dict[str, BaseException]:
+    """Run some in step; what has ended those that did not finish, by their labels."""
+    replicas = {Replica(one.label): one for one in runs}
+    group = Group(list(replicas), vmapped=vmapped)
+    by_label = {replica.label: replica for replica in replicas}
+
+    def work(replica: Replica) -> None:
+        one = replicas[replica]
+
+        def before(stage: str) -> None:
+            replica.enter(list(one.experiment.stages).index(stage))
+            owner = owners[one.share(stage)]
+            if owner is not one:
+                _share(group, replica, by_label.get(owner.label), folder / owner.label, folder / one.label, stage)
+
+        try:
+            began = time.monotonic()
+            single.run(one.experiment, folder / one.label, command, began=began, before=before, draws=False)
+        except Stopped:
+            raise
+        except UserError as error:
+            say(f"{error}; the other runs go on")
+            raise
+
+    with _signals(group):
+        outcomes = group.run(work)
+    if vmapped:
+        say(f"{folder}: of {group.counts.total()} compiled calls {group.counts['mapped']} were made at once")
+    failed = {replica.label: error for replica, error in outcomes.items() if error is not None}
+    for error in failed.values():
+        if not isinstance(error, UserError | KeyboardInterrupt):
+            raise error
+    if group.signal is not None:
+        raise Stopped(f"{folder}: stopped; the same command goes on from what is saved", group.signal)
+    return failed
+
+
+def _share(group: Group, replica: Replica, owner: Replica | None, source: Path, workdir: Path, stage: str) -> None:
+    """Wait for a stage of another run that is the same in this one, and take what it has written."""
+    if (workdir / stage / _LINKED).exists():
+        return
+    if owner is not None:
+        group.wait_until(replica, lambda: (source / stage / _LINKED).exists() or owner not in group.running)
+    if not (source / stage / _LINKED).exists():
+        if group.signal is not None:
+            raise Stopped(f"{stage}: stopped before it", group.signal)
+        raise UserError(f"{stage}: it is that of {source.name}, which did not finish it")
+    rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    rows = [row for row in rows if row["stage"] != stage]
+    rows += [row for row in read_jsonl(source / "metrics.jsonl") if row["stage"] == stage]
+    write_whole(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for inside in (Path("tensorboard", stage), Path(stage)):
+        if (source / inside).is_dir():
+            _linked(source / inside, workdir / inside)
+    say(f"{stage}: that of {source.name}")
+
+
+def _linked(source: Path, target: Path) -> None:
+    """A folder of links to another's files, there whole or not at all."""
+    hidden = target.with_name(f".{target.name}.part")
+    for old in (hidden, target):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(source, hidden, copy_function=_link)
+    os.rename(hidden, target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+@contextlib.contextmanager
+def _signals(group: Group) -> Iterator[None]:
+    """Let SIGINT and SIGTERM stop all after the step that they are in; a second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        print("stopping after this step (again to stop at once)", file=sys.stderr, flush=True)
+        group.stop(number)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _raise_failures(failed: Mapping[str, BaseException], count: int) -> None:
+    if not failed:
+        return
+    kind = NonFiniteError if any(isinstance(error, NonFiniteError) for error in failed.values()) else UserError
+    raise kind(f"{len(failed)} of {count} runs did not finish, as said above: {'; '.join(failed)}")
