@@ -25,6 +25,7 @@ USAGE = """usage: rlhf-jax COMMAND …
   report WORKDIR                                           draw report.html again
   plan CONFIG --topology v5e:16x16 [--FIELD VALUE …]       memory and time on a TPU pod, without one
   export WORKDIR --to DIR [--stage ppo] [--adapter]        write a stage's model for transformers, or its LoRA for PEFT
+  bench [--sizes tiny,small] [--what sft,ppo,…] [--json]   time the stages' steps, beside TRL's and Tunix's
 
 CONFIG is a Python file with get_config(), such as configs/quickstart.py; WORKDIR the folder of a run, by default
 runs/<name of the config>. `rlhf-jax run CONFIG --help` lists every field, `rlhf-jax COMMAND --help` says more.
@@ -122,6 +123,33 @@ class ExportArgs:
     """Type of the weights."""
     adapter: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the adapters alone, as PEFT loads them over the base model; without it they are merged."""
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Time what the stages do against what the machine can do, and against other libraries, in turn.
+
+    Each measurement is a process of its own; the same command goes on where it stopped, and tries again what failed.
+    """
+
+    sizes: str = "tiny,small"
+    """Models, by commas: tiny, small, smollm2, and on an accelerator 1b and 8b."""
+    what: str = "sft,rm,dpo,decode,ppo,grpo,cold"
+    """Kinds of work, by commas, or single variants: decode/1, decode/batch, ppo/natural, ppo/shared, ppo/hydra …"""
+    peers: str = "trl,tunix"
+    """Libraries beside, by commas, in the environments that benchmarks/make_venvs.py makes; or "none"."""
+    pairs: int = 5
+    """How often each side is measured, in turn."""
+    workdir: Path = Path("runs/bench")
+    """Where measurements, logs and models are kept."""
+    venvs: Path | None = None
+    """The folder of the libraries' environments; none: that in the user's cache."""
+    results: Path | None = None
+    """A file of Markdown to write, such as benchmarks/RESULTS.md."""
+    limit: float = 1800.0
+    """Seconds that a measurement may take."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one line of JSON on stdout in place of the table, and all else on stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -297,6 +325,16 @@ def _export(args: list[str]) -> None:
     print(f"{a.to}: the {'adapter' if a.adapter else 'model'} of stage {stage}" + (f"\n{note}" if note else ""))
 
 
+def _bench(args: list[str]) -> None:
+    a = _parse(BenchArgs, "bench", args)
+    from rlhf_jax.bench import command
+
+    with contextlib.redirect_stdout(sys.stderr):
+        bench = command.prepared(a)
+        bench.run()
+    print(command.shown(bench, results=a.results, as_json=a.json))
+
+
 def _parse(arguments: type[T], command: str, args: list[str]) -> T:
     return tyro.cli(arguments, prog=f"rlhf-jax {command}", args=args, use_underscores=True)
 
@@ -315,4 +353,5 @@ _COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "report": _report,
     "plan": _plan,
     "export": _export,
+    "bench": _bench,
 }
