@@ -3,7 +3,7 @@
     python benchmarks/make_venvs.py [--venvs DIR] [trl trl_ppo tunix]
 
 `trl` is the newest TRL, `trl_ppo` the last that has PPO, `tunix` google-tunix. An environment that is there is left as
-it is; remove it to have it made anew. For PyTorch without CUDA name its index in PIP_EXTRA_INDEX_URL before the command.
+it is; remove it to have it made anew. For PyTorch without CUDA name its index in PIP_EXTRA_INDEX_URL first.
 """
 
 import argparse

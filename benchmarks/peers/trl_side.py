@@ -51,12 +51,23 @@ class Watch(TrainerCallback):
 
 
 def tokenizer():
-    """Words w0, w1, …: a token each, so that texts and tokens are the same thing."""
-    words = {f"w{i}": i for i in range(JOB["vocab"])}
-    whole = Tokenizer(models.WordLevel(words, unk_token=f"w{PAD}"))
+    """A token each word, so that texts and tokens are the same thing."""
+    whole = Tokenizer(models.WordLevel({word(i): i for i in range(JOB["vocab"])}, unk_token=word(PAD)))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = {name: f"w{i}" for name, i in (("pad_token", PAD), ("bos_token", BOS), ("eos_token", EOS))}
+    ends = {"pad_token": word(PAD), "bos_token": word(BOS), "eos_token": word(EOS)}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=whole, padding_side="left", **ends)
+
+
+def word(token):
+    """Its name."""
+    return {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}.get(token, f"w{token}")
+
+
+def texts(rows):
+    """Words of rows, with a space at the end, where another text may follow."""
+    made = ["".join(f"{word(token)} " for token in row) for row in rows]
+    assert tokenizer()(made[0])["input_ids"] == rows[0]
+    return made
 
 
 def load(kind, **options):
@@ -128,25 +139,20 @@ def dpo():
     from trl import DPOConfig, DPOTrainer
 
     chosen, rejected = pairs()
-    data = rows_of(
-        prompt_ids=[row[:PROMPT] for row in chosen],
-        chosen_ids=[row[PROMPT:] for row in chosen],
-        rejected_ids=[row[PROMPT:] for row in rejected],
+    data = rows_of(  # texts, for this trainer takes no tokens; it wants EOS at their ends
+        prompt=texts([row[:PROMPT] for row in chosen]),
+        chosen=[text.strip() for text in texts([[*row[PROMPT:-1], EOS] for row in chosen])],
+        rejected=[text.strip() for text in texts([[*row[PROMPT:-1], EOS] for row in rejected])],
     )
     args = DPOConfig(**settings(max_steps=STEPS, max_length=LENGTH, precompute_ref_log_probs=True))
     return DPOTrainer(load(AutoModelForCausalLM), args=args, train_dataset=data, processing_class=tokenizer())
-
-
-def words(rows):
-    """Texts of rows."""
-    return [" ".join(f"w{i}" for i in row) for row in rows]
 
 
 def grpo():
     """A step an iteration, its reward a network."""
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts = words(row[:PROMPT] for row in tokens(JOB, BATCHES * ROWS))
+    prompts = texts([row[:PROMPT] for row in tokens(JOB, BATCHES * ROWS)])
     args = GRPOConfig(
         **settings(max_steps=STEPS),
         num_generations=JOB["group"],

@@ -22,9 +22,14 @@ ROOT = Path(__file__).parents[2]
 """The checkout, whose `benchmarks` has the other libraries' side."""
 PEERS: dict[str, dict[str, str]] = {
     "trl": {"sft": "trl", "rm": "trl", "dpo": "trl", "decode": "trl", "ppo": "trl_ppo", "grpo": "trl"},
-    "tunix": {"sft": "tunix", "decode": "tunix"},
+    "tunix": {"sft": "tunix", "dpo": "tunix", "decode": "tunix", "ppo": "tunix"},
 }
 """Of each library the kinds of work that its script measures, and the environment that it runs in."""
+LACKING = {
+    ("tunix", "rm"): "google-tunix has no trainer of reward models",
+    ("tunix", "grpo"): "google-tunix's GRPO takes functions of texts, not a network's scores",
+}
+"""What a library has no like of, but for cold starts, which are ours alone."""
 
 
 @dataclass(frozen=True)

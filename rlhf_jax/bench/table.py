@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_jax.bench.processes import PEERS, Bench, Measurement
+from rlhf_jax.bench.processes import LACKING, PEERS, Bench, Measurement
 from rlhf_jax.bench.work import Work
 
 COLUMNS = ("size", "what", "by", "s", "tokens/s", "of limit", "update", "GFLOP", "MiB", "faster")
@@ -34,12 +34,8 @@ def _sides(bench: Bench, work: Work) -> dict[str, Any]:
     }
     ours = found["ours"]
     sides = {side: _figures(pairs, ours) for side, pairs in found.items() if any(pairs)}
-    missing = (
-        {}
-        if work.kind == "cold"
-        else {side: {"error": f"{side} has no script for {work.kind}"} for side in bench.peers if side not in found}
-    )
-    return sides | missing
+    lacking = [side for side in bench.peers if (side, work.kind) in LACKING]
+    return sides | {side: {"error": LACKING[side, work.kind]} for side in lacking}
 
 
 def _figures(pairs: Sequence[dict[str, Any] | None], ours: Sequence[dict[str, Any] | None]) -> dict[str, Any]:

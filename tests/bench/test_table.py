@@ -78,7 +78,7 @@ def test_pairs_that_are_not_there_yet_are_left_out(bench):
     sft, _, grpo = table.rows(later)
     assert (sft["ours"]["pairs"], sft["ours"]["seconds"]) == (3, 2.0)
     assert "tunix" not in sft
-    assert grpo["tunix"] == {"error": "tunix has no script for grpo"}
+    assert grpo["tunix"] == {"error": "google-tunix's GRPO takes functions of texts, not a network's scores"}
 
 
 def test_json_and_markdown_name_the_machine_and_the_versions(bench):
