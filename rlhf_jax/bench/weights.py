@@ -70,11 +70,12 @@ def eos_probability(limit: int, mean: float) -> float:
 
 
 def main(path: str) -> None:
-    """Write the folder of a job's model, in a process of its own."""
+    """Write the folder of a job's model, in a process of its own, and say EOS's probability as JSON."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     natural = job["variant"] == "natural"
     eos = eos_probability(job["completion"], job["completion"] / 4) if natural else NEVER
     write(SIZES[job["size"]].spec, Path(job["model"]), eos=eos)
+    print(json.dumps({"eos": eos}))
 
 
 if __name__ == "__main__":
