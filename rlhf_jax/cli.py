@@ -328,8 +328,9 @@ def _export(args: list[str]) -> None:
 def _bench(args: list[str]) -> None:
     a = _parse(BenchArgs, "bench", args)
     from rlhf_jax.bench import command
+    from rlhf_jax.run import terminable
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), terminable():
         bench = command.prepared(a)
         bench.run()
     print(command.shown(bench, results=a.results, as_json=a.json))

@@ -37,14 +37,21 @@ class Measurement:
     """One process's share: a side of a pair."""
 
     work: Work
+    """The row that it is for."""
     side: str
+    """ours, or a name of `PEERS`."""
     pair: int
+    """From 0."""
 
     @property
     def key(self) -> str:
         """The name of its file."""
-        work = self.work if self.side == "ours" else self.work.of_peers
-        return f"{work.size}_{work.what.replace('/', '-')}_{self.side}_{self.pair}"
+        return f"{self.done.size}_{self.done.what.replace('/', '-')}_{self.side}_{self.pair}"
+
+    @property
+    def done(self) -> Work:
+        """What its process does."""
+        return self.work if self.side == "ours" else self.work.of_peers
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,15 @@ class Bench:
     """All measurements of a table."""
 
     works: Sequence[Work]
+    """Its rows."""
     peers: Sequence[str]
+    """The libraries beside."""
     pairs: int
+    """How often each side is measured."""
     workdir: Path
+    """Where measurements, jobs, logs and models are kept."""
     venvs: Path
+    """Where the libraries' environments are."""
     limit: float
     """Seconds that a process may take."""
 
@@ -81,12 +93,12 @@ class Bench:
         turns, failed = self.measurements(), set()
         with Progress("bench", len(turns)) as progress:
             for done, one in enumerate(turns, start=1):
-                there, what = self.found(one), (one.side, one.work)
+                there, what = self.found(one), (one.side, one.done)
                 if what not in failed and (there is None or "error" in there):
                     result = self._measured(one)
                     write_json(self._path(one), result)
                     said = result.get("error") or f"{result['seconds']:.3g} s a turn"
-                    progress.note(f"{one.work.size} {one.work.what} {one.side}, pair {one.pair + 1}: {said}")
+                    progress.note(f"{one.done.size} {one.done.what} {one.side}, pair {one.pair + 1}: {said}")
                     if "error" in result:
                         failed.add(what)
                 progress.update(done, {})
@@ -107,7 +119,7 @@ class Bench:
             raise UserError(f"--workdir {self.workdir}: its figures are of other source files; choose another folder")
 
     def _measured(self, one: Measurement) -> dict[str, Any]:
-        work = one.work if one.side == "ours" else one.work.of_peers
+        work = one.done
         job = self.workdir / "jobs" / f"{work.size}_{work.what.replace('/', '-')}.json"
         write_json(job, work.job(self.workdir / "models", threads=_cores()))
         if work.size in SIZES:

@@ -9,13 +9,14 @@ from typing import Any
 from rlhf_jax.bench.processes import LACKING, PEERS, Bench, Measurement
 from rlhf_jax.bench.work import Work
 
-COLUMNS = ("size", "what", "by", "s", "tokens/s", "of limit", "update", "GFLOP", "MiB", "faster")
+COLUMNS = ("size", "what", "by", "s", "tokens/s", "of limit", "update", "GFLOP", "MiB", "in all", "faster")
 NOTES = """s: seconds of a turn (a step, an iteration, a batch of completions), the median of the pairs.
 of limit: FLOPs a second over those of a plain matrix product measured in the same process; of decoding the least time
 that its bytes (at the rate of a copy of as many) or its FLOPs take, over the time that it took. A peer's share is of
 what our process of the same pair found. update: the same of an iteration's update alone.
 GFLOP: of a turn's matrix products, ours as `rlhf-jax plan` counts them, a peer's as PyTorch's FlopCounterMode does.
-MiB: the most memory, compilation included. faster: our tokens a second over theirs, the median of the pairs' ratios.
+MiB: the most memory while turns are timed; in all: of the process, compilation too.
+faster: our tokens a second over theirs, the median of the pairs' ratios.
 natural: the weights make EOS as probable at every token as ends completions at a quarter of the limit in the mean;
 shared, hydra: against a peer's own iteration, which has no trunk that networks share."""
 MIB = 2**20
@@ -55,9 +56,14 @@ def _figures(pairs: Sequence[dict[str, Any] | None], ours: Sequence[dict[str, An
         "tokens_per_second": _median([_rate(one) for one, _ in good]),
         "flops": _median([one["flops"] for one, _ in good]) or None,
         "peak_bytes": max((one["peak_bytes"] for one, _ in good if "peak_bytes" in one), default=None),
+        "peak_bytes_in_all": max((_in_all(one) for one, _ in good if "peak_bytes" in one), default=None),
         **{name: _median([share for share in found if share]) for name, found in shares.items()},
         "versions": good[-1][0]["versions"],
     }
+
+
+def _in_all(one: dict[str, Any]) -> int:
+    return max(one["peak_bytes"], one["peak_bytes_compiling"])
 
 
 def _rate(one: dict[str, Any]) -> float:
@@ -93,6 +99,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         "update_share": lambda x: f"{x:.2f}",
         "flops": lambda x: f"{x / 1e9:,.1f}",
         "peak_bytes": lambda x: f"{x / MIB:,.0f}",
+        "peak_bytes_in_all": lambda x: f"{x / MIB:,.0f}",
         "faster": lambda x: f"{x:.2f}×",
     }
     return ["" if figures[name] is None else show(figures[name]) for name, show in shown.items()]

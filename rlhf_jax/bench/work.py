@@ -10,8 +10,6 @@ from rlhf_jax.models.sizes import LLAMA_8B, SMOLLM2_135M
 
 PAD, BOS, EOS = 0, 1, 2
 """Tokens of every size; all others are drawn for prompts and completions."""
-SIDES = ("ours", "trl", "tunix")
-"""Who is measured, in this order within a pair."""
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,14 @@ ALWAYS = {"versions": {"jax": "1"}, "at": "2026-01-02 03:04", "device": "two cor
 
 
 def ours(seconds, rate, **more):
-    return {
-        **ALWAYS,
-        "seconds": seconds,
-        "tokens": 100.0,
-        "flops": 6e9,
-        "matmul_rate": rate,
-        "peak_bytes": 2**20,
-        **more,
-    }
+    found = {"seconds": seconds, "tokens": 100.0, "flops": 6e9, "matmul_rate": rate}
+    return {**ALWAYS, **found, "peak_bytes": 2**20, "peak_bytes_compiling": 2**20, **more}
 
 
 def theirs(seconds, version="1.2"):
-    found = {"seconds": seconds, "tokens": 50.0, "flops": 9e9, "peak_bytes": 3 * 2**20}
-    return {**found, "versions": {"trl": version}, "at": "2026-01-02 03:05"}
+    found = {"seconds": seconds, "tokens": 50.0, "flops": 9e9}
+    memory = {"peak_bytes": 3 * 2**20, "peak_bytes_compiling": 5 * 2**20}
+    return {**found, **memory, "versions": {"trl": version}, "at": "2026-01-02 03:05"}
 
 
 @pytest.fixture
@@ -57,7 +51,7 @@ def test_medians_and_ratios_within_pairs(bench):
     assert sft["ours"]["faster"] is None
     assert sft["trl"]["faster"] == 2.0  # of 50/25, 100/(50/3) = 6 and 25/12.5
     assert sft["trl"]["share_of_limit"] == pytest.approx(0.75)  # 9e9/2/6e9, 9e9/3/12e9, 9e9/4/2e9
-    assert sft["trl"]["peak_bytes"] == 3 * 2**20
+    assert (sft["trl"]["peak_bytes"], sft["trl"]["peak_bytes_in_all"]) == (3 * 2**20, 5 * 2**20)
 
 
 def test_decoding_is_beside_its_own_limit(bench):
@@ -86,7 +80,7 @@ def test_json_and_markdown_name_the_machine_and_the_versions(bench):
     assert json.loads(json.dumps(found))["versions"] == {"ours": {"jax": "1"}, "trl": {"trl": "1.2 and 1.3"}}
     assert (found["device"], found["date"], found["pairs"]) == ("two cores", "2026-01-02 03:05", 3)
     page = table.markdown(bench, table.rows(bench))
-    assert "| tiny | sft | trl | 3 | 17 | 0.75 |  | 9.0 | 3 | 2.00× |" in page
+    assert "| tiny | sft | trl | 3 | 17 | 0.75 |  | 9.0 | 3 | 5 | 2.00× |" in page
     assert "- trl: trl 1.2 and 1.3" in page
     assert {line.count("|") for line in page.splitlines() if line.startswith("|")} == {len(table.COLUMNS) + 1}
 
