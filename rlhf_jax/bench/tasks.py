@@ -171,7 +171,7 @@ def step_bytes(work: Work, params: Any, context: Context) -> int:
     """
     spec, itemsize = context.spec, np.dtype(context.spec.dtype).itemsize
     read = {name: part for name, part in params.items() if name != "embedding" or spec.tied}
-    weights = sum(x.nbytes for x in jax.tree.leaves(read))
+    weights = sum(x.size for x in jax.tree.leaves(read)) * itemsize  # in the products' type, as decoding has them
     held = work.prompt + work.completion // 2
     return weights + 2 * work.rows * held * spec.n_layers * spec.n_kv_heads * spec.head_dim * itemsize
 
