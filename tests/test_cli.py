@@ -57,7 +57,9 @@ class TestCommands:
     def test_help(self, call):
         code, out, err = call("--help")
         assert (code, err) == (0, "")
-        assert all(f"\n  {command} " in out for command in ("run", "plan", "sample", "score", "report", "export", "bench"))
+        assert all(
+            f"\n  {command} " in out for command in ("run", "plan", "sample", "score", "report", "export", "bench")
+        )
         assert call()[::2] == (2, out)
 
     def test_unknown(self, call):
