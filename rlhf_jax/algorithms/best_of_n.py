@@ -59,7 +59,7 @@ class Config(Rewarded):
 
     def batch_sizes(self) -> dict[str, int]:
         """What is sampled at once."""
-        return {"batch_size": self.batch_size}
+        return {"batch_size": self.batch_size} | self.turn_rows
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
@@ -92,6 +92,7 @@ def sampled(config: Config, context: Context, name: str, prompts: Sequence[Promp
         config.completion_tokens,
         config.sampling,
         config.batch_size,
+        turns=config.turns,
     )
     policy, key = context.policy(config.policy), context.key(f"{name}/completions")
     with onpolicy.reward_of(config, context, name) as (reward, ensemble):

@@ -40,14 +40,16 @@ class Config(Rewarded):
 
     def batch_sizes(self) -> dict[str, int]:
         """What is sampled at once."""
-        return {"batch_size": self.batch_size}
+        return {"batch_size": self.batch_size} | self.turn_rows
 
 
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Let both complete the prompts; the figures are for summary.json, the reference's as before."""
     prompts = load_prompts(config, context, name)
     reference = context.policy(config.reference)
-    drawing = Drawing(config.prompt_length, config.completion_tokens, config.sampling, config.batch_size)
+    drawing = Drawing(
+        config.prompt_length, config.completion_tokens, config.sampling, config.batch_size, turns=config.turns
+    )
     with onpolicy.reward_of(config, context, name) as (reward, ensemble):
         before, after = evaluate(
             drawing,

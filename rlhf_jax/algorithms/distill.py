@@ -85,7 +85,7 @@ class Config(Completing):
 
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch."""
-        return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+        return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches} | self.turn_rows
 
     def check_inputs(self, data: Data) -> None:
         """The rows of prompts, or the texts that openings are cut from."""
@@ -139,6 +139,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
             config.completion_tokens,
             config.sampling,
             config.batch_size,
+            turns=config.turns,
         ),
         context,
         name,
@@ -167,7 +168,9 @@ def fit(
     mesh, tokenizer = context.mesh, context.tokenizer
     state, step_fn = start(config, context, name)
     ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    write = sampling_program(context.spec, max_new_tokens=config.completion_tokens, sampling=config.sampling, **ends)
+    write = sampling_program(
+        context.spec, max_new_tokens=config.completion_tokens, sampling=config.sampling, turns=config.turns, **ends
+    )
     batches, share = prompt_batches(rows, config, context), config.optimizer.share(config.steps)
     with (
         Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every) as loop,

@@ -10,7 +10,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier, vader
 from rlhf_jax.rewards.with_network import NetworkPart
-from rlhf_jax.sampling import Sampler, Sampling
+from rlhf_jax.sampling import Sampler, Sampling, Turns
 from rlhf_jax.types import Params
 
 
@@ -27,6 +27,8 @@ class Drawing:
     """Completions at once."""
     temperature: float | None = None
     """Of the log-probs in the KL; none: that of `sampling`."""
+    turns: Turns | None = None
+    """How rows take turns; none: all of a batch at once."""
 
 
 def sentiment_judges(context: Context) -> dict[str, Judge]:
@@ -55,6 +57,7 @@ def evaluator(
         max_new_tokens=drawing.completion_tokens,
         sampling=drawing.sampling,
         batch_size=drawing.batch_size,
+        turns=drawing.turns,
     )
     return PolicyEvaluation(
         context.spec,

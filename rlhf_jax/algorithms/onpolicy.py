@@ -227,6 +227,7 @@ def train(algorithm: Algorithm, state: Any, context: Context, places: Places, na
                 config.evaluation_sampling or config.sampling,
                 config.batch_size,
                 config.sampling.temperature,
+                config.turns,
             ),
             places.sampling,
             name,

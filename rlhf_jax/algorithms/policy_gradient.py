@@ -119,7 +119,10 @@ class PolicyGradientConfig(OnPolicyConfig):
 
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a minibatch."""
-        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts} | self.judge_rows
+        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts} | {
+            **self.judge_rows,
+            **self.turn_rows,
+        }
 
     @property
     def updates(self) -> int:
@@ -193,6 +196,8 @@ class PolicyGradient(ABC):
             eos_id=self.eos_id,
             pad_id=self.pad_id,
             greedy=greedy,
+            copies=self.config.copies,
+            turns=self.config.turns,
         )
         rollout = rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
         return rollout if self.config.truncate is None else self.cut(rollout)

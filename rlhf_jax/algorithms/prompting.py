@@ -16,7 +16,7 @@ from rlhf_jax.data.text import fitted
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop.tokenizers import Tokenizer
-from rlhf_jax.sampling import Sampling
+from rlhf_jax.sampling import Sampling, Turns
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,17 @@ class Completing(Prompting):
     """Most tokens of a completion."""
     sampling: Sampling = field(default_factory=Sampling)
     """How completions are drawn."""
+    turns: Turns | None = None
+    """Rows of a batch take turns while they are sampled, which is faster where many end early; none: all at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "completion_tokens")
+
+    @property
+    def turn_rows(self) -> dict[str, int]:
+        """Rows that are decoded at once, by their field, where they take turns."""
+        return {} if self.turns is None else {"turns.slots": min(self.turns.slots, self.batch_size)}
 
     def lengths(self) -> dict[str, int]:
         """BOS, prompt and completion."""

@@ -67,13 +67,19 @@ class Attention(nn.Module):
         q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         # Where rows are split along their length, this is what gathers the keys and values of the whole row.
         k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv", None) for x in (k_BTKH, v_BTKH))
-        k_BSKH, v_BSKH = k_BTKH, v_BTKH
-        if keys is not None:
-            at = (layer, 0, start, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k_BTKH[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v_BTKH[None].astype(values.dtype), at)
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (keys, values))
-        out_BTNH = attend(s, q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), attend_BTS)
+        if keys is None:
+            out_BTNH = attend(s, q_BTNH, k_BTKH, v_BTKH, attend_BTS)
+        else:
+            at = (layer, 0, 0, start, 0)
+            keys, values = (
+                jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2)[None].astype(cached.dtype), at)
+                for cached, new in ((keys, k_BTKH), (values, v_BTKH))
+            )
+            k_BKSH, v_BKSH = (
+                jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).astype(q_BTNH.dtype)
+                for cached in (keys, values)
+            )
+            out_BTNH = attend_cache(s, q_BTNH, k_BKSH, v_BKSH, attend_BTS)
         shape, axes = (s.n_heads, s.head_dim, s.d_model), ("heads", None, "embed")
         out_init = nn.initializers.variance_scaling(
             1.0 / (2 * s.n_layers), "fan_in", "normal", in_axis=(0, 1), out_axis=2
@@ -231,18 +237,28 @@ def _adapter(module, name, rows, shape, axes, inputs):
 
 def attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):
     """Softmax attention where `attend_BTS` allows it."""
+    if spec.attention_softcap is not None:  # dot_product_attention has no hook between scores and softmax
+        return attend_cache(spec, q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), attend_BTS)
     mask = attend_BTS[:, None]  # one mask for all heads
-    scale = spec.head_dim**-0.5 if spec.query_scale is None else spec.query_scale
-    if spec.attention_softcap is None:
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale)
-    # dot_product_attention has no hook between scores and softmax.
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=_scale(spec))
+
+
+def attend_cache(spec, q_BTNH, k_BKSH, v_BKSH, attend_BTS):
+    """The same over keys and values that lie as a cache has them."""
     b, t, n, h = q_BTNH.shape
-    q = q_BTNH.reshape(b, t, spec.n_kv_heads, n // spec.n_kv_heads, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH, preferred_element_type=jnp.float32) * scale
-    scores = spec.attention_softcap * jnp.tanh(scores / spec.attention_softcap)
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
+    groups = (b, spec.n_kv_heads, n // spec.n_kv_heads, t)  # G query heads read each head of keys
+    q = q_BTNH.swapaxes(1, 2).reshape(b, spec.n_kv_heads, -1, h)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k_BKSH, preferred_element_type=jnp.float32) * _scale(spec)
+    if spec.attention_softcap is not None:
+        scores = spec.attention_softcap * jnp.tanh(scores / spec.attention_softcap)
+    scores = jnp.where(attend_BTS[:, None, None], scores.reshape(*groups, -1), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(*q.shape[:3], -1), v_BKSH)
+    return out.reshape(b, n, t, h).swapaxes(1, 2)
+
+
+def _scale(spec):
+    return spec.head_dim**-0.5 if spec.query_scale is None else spec.query_scale
 
 
 def look_up(table: Array, rows: Array) -> Array:

@@ -28,10 +28,13 @@ _REMAT_POLICIES = {
 
 
 class Cache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens read so far, in slots 0 … length-1 of every row."""
+    """Keys and values of the tokens read so far, in slots 0 … length-1 of every row.
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    A head's slots lie together: a new token is a product of matrices as they lie, and nothing is transposed.
+    """
+
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]
     mask: Bool[Array, "B S"]  # True where a slot holds a real token
     length: Int[Array, ""]
@@ -203,7 +206,7 @@ def logits(
 
 def init_cache(spec: ModelSpec, batch: int, length: int) -> Cache:
     """An empty cache for rows of up to `length` tokens."""
-    shape = (spec.n_layers, batch, length, spec.n_kv_heads, spec.head_dim)
+    shape = (spec.n_layers, batch, spec.n_kv_heads, length, spec.head_dim)
     return Cache(
         keys=jnp.zeros(shape, spec.dtype),
         values=jnp.zeros(shape, spec.dtype),
@@ -218,7 +221,8 @@ def extend(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Read T more tokens of each row after those in the cache: a prompt at once, or a token at a time.
 
-    The caller counts: past the last slot of the cache a new token takes the place of the last one.
+    They take the slots from `cache.length` on, and see all that `cache.mask` has in other slots, be these before or
+    after; past the last slot a new token takes the place of the last one. The caller counts.
     """
     before = jnp.sum(cache.mask, axis=1, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
@@ -246,10 +250,14 @@ def _attends(spec, query_mask, query_positions, key_mask, key_positions, *, offs
 
 
 def _causal(query_mask, query_positions, key_mask, key_positions, window, *, offset):
-    """[B, T, S]: keys that are real, not later than the query, in its window. A pad sees itself, to stay finite."""
+    """[B, T, S]: keys that are real, no later ones of the queries' own, in a query's window.
+
+    A pad sees itself, to stay finite.
+    """
     query_slots = offset + jnp.arange(query_mask.shape[1])
     key_slots = jnp.arange(key_mask.shape[1])
-    attend = key_mask[:, None, :] & (query_slots[:, None] >= key_slots[None, :])
+    later = (key_slots[None, :] > query_slots[:, None]) & (key_slots < offset + query_mask.shape[1])
+    attend = key_mask[:, None, :] & ~later
     if window is not None:
         attend &= query_positions[:, :, None] - key_positions[:, None, :] < window
     own = query_slots[:, None] == key_slots[None, :]

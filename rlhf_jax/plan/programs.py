@@ -38,6 +38,7 @@ from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_rows import OfflineBatch
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
+from rlhf_jax.algorithms.prompting import Completing
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -51,7 +52,7 @@ from rlhf_jax.rewards.judging import LocalJudge
 from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sampling.batched import sampling_program
-from rlhf_jax.sampling.decode import CACHE_AXES
+from rlhf_jax.sampling.prefill import CACHE_AXES
 from rlhf_jax.types import JudgedBatch, Params, PreferenceBatch, Rollout, ThumbBatch
 
 ENDS: dict[str, Any] = {"eos_id": 1, "pad_id": 0}
@@ -121,6 +122,8 @@ def programs(experiment: Experiment, mesh: Mesh, *, spec: ModelSpec | None = Non
         if type(config) not in BUILDERS:
             known = ", ".join(cls.__module__.rpartition(".")[2] for cls in BUILDERS)
             raise UserError(f"stages.{name}: plan knows {known}, not {type(config).__module__.rpartition('.')[2]}")
+        if isinstance(config, Completing) and config.turns is not None:  # how long they take hangs on the lengths
+            config = dataclasses.replace(config, turns=None)
         found += BUILDERS[type(config)](config, context, name)
     return found
 

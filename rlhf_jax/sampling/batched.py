@@ -13,6 +13,7 @@ from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import ModelSpec, Policy
 from rlhf_jax.sampling.decode import generate
 from rlhf_jax.sampling.transforms import Sampling
+from rlhf_jax.sampling.turns import Turns
 from rlhf_jax.types import Key, Rollout
 
 
@@ -25,7 +26,7 @@ class Sample(NamedTuple):
 
 
 def sampling_program(
-    spec: ModelSpec, *, max_new_tokens: int, sampling: Sampling, eos_id: int, pad_id: int
+    spec: ModelSpec, *, max_new_tokens: int, sampling: Sampling, eos_id: int, pad_id: int, turns: Turns | None = None
 ) -> Callable[[Policy, Array, Array, Key], Rollout]:
     """`generate`, compiled, of (policy, prompts [b, p], prompt_mask [b, p], key)."""
 
@@ -36,6 +37,7 @@ def sampling_program(
             sampling=sampling,
             eos_id=eos_id,
             pad_id=pad_id,
+            turns=turns,
         )
 
     return jax.jit(program)
@@ -54,6 +56,7 @@ class Sampler:
         max_new_tokens: int,
         sampling: Sampling,
         batch_size: int = 128,
+        turns: Turns | None = None,
     ) -> None:
         """Prompts may have at most `prompt_length` tokens; `batch_size` must divide by the mesh's batch axes."""
         self.sampling = sampling
@@ -61,7 +64,7 @@ class Sampler:
         self._prompt_length, self._batch_size = prompt_length, batch_size
 
         ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-        self._generate = sampling_program(spec, max_new_tokens=max_new_tokens, sampling=sampling, **ends)
+        self._generate = sampling_program(spec, max_new_tokens=max_new_tokens, sampling=sampling, turns=turns, **ends)
 
     def rollouts(self, policy: Policy, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[tuple[Rollout, int]]:
         """Rollouts of whole batches on the device, each with how many of its rows are real; the others repeat one."""
