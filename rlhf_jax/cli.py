@@ -16,57 +16,7 @@ import tyro
 
 from rlhf_jax import __version__
 from rlhf_jax.errors import NO_ROOM, UserError
-
-USAGE = """usage: rlhf-jax COMMAND …
-
-  run CONFIG [--workdir DIR] [--FIELD VALUE …]             train an experiment, or go on with it
-  sweep CONFIG --seeds 8 [--vary FIELD=A,B …] [--to DIR]   train it with many seeds and numbers, side by side
-  sample WORKDIR --prompt TEXT [--n 4] [--json]            complete a prompt with a run's newest policy, or a .gguf file
-  score WORKDIR --input FILE [--json]                      try a run's reward model on a JSONL file
-  report WORKDIR                                           draw report.html again
-  plan CONFIG --topology v5e:16x16 [--FIELD VALUE …]       memory and time on a TPU pod, without one
-  export WORKDIR --to DIR [--stage ppo] [--adapter]        write a stage's model for transformers, or its LoRA for PEFT
-
-CONFIG is a Python file with get_config(), such as configs/quickstart.py; WORKDIR the folder of a run, by default
-runs/<name of the config>. `rlhf-jax run CONFIG --help` lists every field, `rlhf-jax COMMAND --help` says more.
-"""
-
-RUN_USAGE = """usage: rlhf-jax run CONFIG [--workdir DIR] [--FIELD VALUE …]
-
-Train the stages of an experiment, in order. The same command again goes on where the run stopped.
-
-  rlhf-jax run configs/quickstart.py --help                     what the config does, and all its fields
-  rlhf-jax run configs/quickstart.py --stages.ppo.kl.coef 0.1   with one field changed
-"""
-
-SWEEP_USAGE = """usage: rlhf-jax sweep CONFIG --seeds N [--vary FIELD=A,B …] [--to DIR] [--FIELD VALUE …]
-
-Train an experiment with every seed and every combination of values, each in a workdir of its own below DIR, and put
-figures and curves over seeds into DIR/report.html and DIR/summary.json. The same command again goes on.
-
-  rlhf-jax sweep configs/quickstart.py --seeds 8 --vary stages.ppo.kl.coef=0.01,0.05,0.2
-  --seeds       how many, from the experiment's own seed on (1)
-  --vary        a field that is a number, and its values; each further --vary multiplies the runs
-  --to          the folder (runs/<name of the config>-sweep)
-  --calls       vmap: the compiled calls of all runs at once; turns: one after another, by one program for all;
-                auto (the default): turns on a CPU, whose cores one run fills, else vmap
-  --FIELD       any field of the experiment, for all runs; `rlhf-jax run CONFIG --help` lists them
-"""
-
-PLAN_USAGE = """usage: rlhf-jax plan CONFIG --topology KIND:SHAPE [--FIELD VALUE …]
-
-Compile an experiment's programs for a TPU pod, on a machine without any: does it fit, what does it send, how long may
-it take. Nothing is run, and no weights, tokenizer or data are read.
-
-  rlhf-jax plan configs/hh_llama_8b.py --topology v5p:4x4x4 --mesh.fsdp 64
-  --topology    v4, v5e, v5p, v6e or tpu7x, and the chips along each axis of a slice
-  --num_slices  slices of that shape, joined by the data centre's network
-  --stage       one stage alone
-  --fit         search mesh, microbatches and remat for the fastest that fits, and print it with its flags
-  --tries       how many settings --fit compiles at most (12)
-  --json        one line of JSON on stdout
-  --FIELD       any field of the experiment; `rlhf-jax run CONFIG --help` lists them
-"""
+from rlhf_jax.usage import PLAN_USAGE, RUN_USAGE, SWEEP_USAGE, USAGE
 
 T = TypeVar("T")
 
@@ -137,6 +87,33 @@ class ExportArgs:
     """Type of the weights."""
     adapter: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the adapters alone, as PEFT loads them over the base model; without it they are merged."""
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Time what the stages do against what the machine can do, and against other libraries, in turn.
+
+    Each measurement is a process of its own; the same command goes on where it stopped, and tries again what failed.
+    """
+
+    sizes: str = "tiny,small"
+    """Models, by commas: tiny, small, smollm2, and on an accelerator 1b and 8b."""
+    what: str = "sft,rm,dpo,decode,ppo,grpo,cold"
+    """Kinds of work, by commas, or single variants: decode/1, decode/batch, ppo/natural, ppo/shared, ppo/hydra …"""
+    peers: str = "trl,tunix"
+    """Libraries beside, by commas, in the environments that benchmarks/make_venvs.py makes; or "none"."""
+    pairs: int = 5
+    """How often each side is measured, in turn."""
+    workdir: Path = Path("runs/bench")
+    """Where measurements, logs and models are kept."""
+    venvs: Path | None = None
+    """The folder of the libraries' environments; none: that in the user's cache."""
+    results: Path | None = None
+    """A file of Markdown to write, such as benchmarks/RESULTS.md."""
+    limit: float = 1800.0
+    """Seconds that a measurement may take."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one line of JSON on stdout in place of the table, and all else on stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,17 +188,12 @@ def _sweep(args: list[str]) -> None:
     if args[0].startswith("-"):
         raise UserError("the config file comes first, such as: rlhf-jax sweep configs/quickstart.py --seeds 8")
     path = Path(args[0])
-    options = argparse.ArgumentParser(
-        prog=f"rlhf-jax sweep {path}", add_help=False, allow_abbrev=False, exit_on_error=False
-    )
+    options = _options()
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--vary", action="append", default=[])
     options.add_argument("--to", type=Path, default=Path("runs") / f"{path.stem}-sweep")
     options.add_argument("--calls", choices=("auto", "vmap", "turns"), default="auto")
-    try:
-        a, flags = options.parse_known_args(args[1:])
-    except argparse.ArgumentError as error:
-        raise UserError(str(error).removeprefix("argument ")) from None
+    a, flags = _known(options, args[1:])
     if any(flag.split("=")[0] == "--workdir" for flag in flags):
         raise UserError("--workdir is a single run's; --to names the folder of a sweep")
     from rlhf_jax.config import load_config, parse
@@ -233,25 +205,32 @@ def _sweep(args: list[str]) -> None:
     print("\n".join(table(found)))
 
 
+def _options() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+
+
+def _known(options: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, and the experiment's flags."""
+    try:
+        return options.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error).removeprefix("argument ")) from None
+
+
 def _plan(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(PLAN_USAGE, end="")
         return
     if args[0].startswith("-"):
         raise UserError("the config file comes first, such as: rlhf-jax plan configs/quickstart.py --topology v5e:2x2")
-    options = argparse.ArgumentParser(
-        prog=f"rlhf-jax plan {args[0]}", add_help=False, allow_abbrev=False, exit_on_error=False
-    )
+    options = _options()
     options.add_argument("--topology", default="")
     options.add_argument("--num_slices", type=int, default=1)
     options.add_argument("--stage")
     options.add_argument("--fit", action="store_true")
     options.add_argument("--tries", type=int, default=12)
     options.add_argument("--json", action="store_true")
-    try:
-        a, flags = options.parse_known_args(args[1:])
-    except argparse.ArgumentError as error:
-        raise UserError(str(error).removeprefix("argument ")) from None
+    a, flags = _known(options, args[1:])
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has: the pod's devices are libtpu's words
@@ -341,6 +320,17 @@ def _export(args: list[str]) -> None:
     print(f"{a.to}: the {'adapter' if a.adapter else 'model'} of stage {stage}" + (f"\n{note}" if note else ""))
 
 
+def _bench(args: list[str]) -> None:
+    a = _parse(BenchArgs, "bench", args)
+    from rlhf_jax.bench import command
+    from rlhf_jax.run import terminable
+
+    with contextlib.redirect_stdout(sys.stderr), terminable():
+        bench = command.prepared(a)
+        bench.run()
+    print(command.shown(bench, results=a.results, as_json=a.json))
+
+
 def _parse(arguments: type[T], command: str, args: list[str]) -> T:
     return tyro.cli(arguments, prog=f"rlhf-jax {command}", args=args, use_underscores=True)
 
@@ -360,4 +350,5 @@ _COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "report": _report,
     "plan": _plan,
     "export": _export,
+    "bench": _bench,
 }

@@ -98,7 +98,7 @@ def run(
     check(experiment, workdir)
     config = to_dict(experiment)
     _check_agreement({**config, "versions": versions()})
-    with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), _terminable():
+    with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), terminable():
         _check_shared(workdir)
         if hosts.from_writer(lambda: _is_complete(workdir, experiment)) and all(
             [_is_finished(workdir / name, stage) for name, stage in experiment.stages.items()]
@@ -346,7 +346,7 @@ def _check_shared(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM end what holds nothing that is not saved, as Ctrl-C does; a stage's `Loop` hears both by itself."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -57,12 +57,16 @@ class TestCommands:
     def test_help(self, call):
         code, out, err = call("--help")
         assert (code, err) == (0, "")
-        assert all(f"\n  {command} " in out for command in ("run", "plan", "sample", "score", "report", "export"))
+        assert all(
+            f"\n  {command} " in out for command in ("run", "plan", "sample", "score", "report", "export", "bench")
+        )
         assert call()[::2] == (2, out)
 
     def test_unknown(self, call):
         assert error(call("rnu")) == "no command 'rnu'; did you mean 'run'?"
-        assert error(call("zzz")) == "no command 'zzz'; there are run, sweep, sample, score, report, plan, export"
+        assert (
+            error(call("zzz")) == "no command 'zzz'; there are run, sweep, sample, score, report, plan, export, bench"
+        )
 
     def test_version(self, call):
         assert call("--version") == (0, f"rlhf_jax {__version__}\n", "")

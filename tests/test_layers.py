@@ -20,7 +20,7 @@ LAYERS = (
     ("mesh", "models", "interop", "sharding", "transfer", "placement", "sampling", "rewards", "data"),
     ("guard", "optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
-    ("config", "provenance", "records", "run", "cli", "inference", "plan", "sweep"),
+    ("config", "provenance", "records", "run", "usage", "cli", "inference", "plan", "sweep", "bench"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 LOSSES = tuple(f"losses.{path.stem}" for path in sorted((ROOT / "losses").glob("[a-z]*.py")))

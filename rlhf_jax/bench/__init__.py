@@ -1,0 +1,1 @@
+"""The benchmark behind `rlhf-jax bench`: stages' own steps, and other libraries', on the same weights and lengths."""
