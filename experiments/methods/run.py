@@ -156,7 +156,8 @@ def row(name: str, method: Method, reading: str, workdirs: list[Path]) -> Row:
         samples = read_jsonl(folder / "samples.jsonl")
         values = np.asarray([line[reading] for line in samples]).reshape(2, -1)
         gains.append(values[1] - values[0])
-        spent = json.loads((workdir / "sessions.json").read_text())["stage_seconds"]
+        sessions = workdir / "sessions.json"  # written when a session ends
+        spent = json.loads(sessions.read_text())["stage_seconds"] if sessions.is_file() else {}
         seconds.append(sum(spent.get(stage, math.nan) for stage in method.stages))
     pooled = np.concatenate(gains)
     errors = [pooled.std(ddof=1) / math.sqrt(len(pooled))]
