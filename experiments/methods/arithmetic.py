@@ -39,6 +39,7 @@ def get_config() -> Experiment:
     twice = {"epochs": 2}
     stages = {
         "sft": sft.Config(
+            data=None,
             steps=80,
             batch_size=16,
             row_length=64,

@@ -68,7 +68,7 @@ SENTIMENT = {
     "SFT on the best of 16": Method(("best_of_16", "rejection"), "rejection_read"),
     "RAFT, 2 rounds": Method(("sample_1", "learn_1", "sample_2", "learn_2"), "raft_read"),
     "ReST": Method(("grow_1", "improve_1_1", "improve_1_2"), "rest_read"),
-    "distilled from PPO": Method(("distilled",)),
+    "distilled from PPO": Method(("distilled",), "distilled_read"),
 }
 ARITHMETIC = {
     name: Method((stage,))
