@@ -141,13 +141,7 @@ def get_config() -> Experiment:
         "filtered": of_scores(Filtered(top=0.25)),
         "distilled": distill.Config(student="sft", teacher="ppo", steps=30, batch_size=128, optimizer=LINEAR),
     }
-    read = {
-        "rejection": "rejection",
-        "raft": "learn_2",
-        "rest": "improve_1_2",
-        "round_2": "round_2",
-        "distilled": "distilled",
-    }
-    for method, last in read.items():
+    last = {"raft": "learn_2", "rest": "improve_1_2"}
+    for method in ("rejection", "raft", "rest", "round_2", "distilled"):
         stages[f"{method}_read"] = compare.Config(policy=last.get(method, method), reward="reward_model")
     return dataclasses.replace(quickstart, stages={**quickstart.stages, **stages})
