@@ -104,6 +104,7 @@ def fine_tuning(steps: int) -> sft.Config:
 def get_config() -> Experiment:
     """The quickstart's three stages, then those of the other methods, which build on its first two."""
     quickstart = load_config(QUICKSTART)
+    own: dict[str, Any] = dict(quickstart.stages)
     price = {"kl": FixedKL(0.2)}  # the quickstart's, where KL is paid in the reward
     several, once = {"epochs": 2, "minibatches": 4}, {"minibatches": 4}  # of losses with a ratio, and without
     sample = best_of_n.Config(policy="sft", reward="reward_model", n=8, prompts=256, batch_size=256)
@@ -128,7 +129,7 @@ def get_config() -> Experiment:
         "kto": of_pairs(Term("kto", beta=0.1), batch_size=32),
         "simpo": of_pairs(Term("simpo")),
         "cpl": of_pairs(Term("cpl", beta=0.1)),
-        **in_rounds(quickstart.stages["reward_model"], quickstart.stages["ppo"]),
+        **in_rounds(own["reward_model"], own["ppo"]),
         "best_of_16": dataclasses.replace(sample, n=16),
         "rejection": dataclasses.replace(fine_tuning(32), data=FromStage("best_of_16")),
         **raft(sample, fine_tuning(16), rounds=2),
