@@ -24,7 +24,7 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.offline_ilql import Ilql
-from rlhf_jax.algorithms.offline_methods import Filtered, Method, Weighted
+from rlhf_jax.algorithms.offline_methods import Filtered, Weighted
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.preference_losses import Term
 from rlhf_jax.algorithms.raft import raft, rest
@@ -67,7 +67,7 @@ def of_pairs(term: Term, **fields: Any) -> preference.Config:
     )
 
 
-def of_scores(method: Method, **fields: Any) -> offline.Config:
+def of_scores(method: Ilql | Weighted | Filtered, **fields: Any) -> offline.Config:
     """A method of the `offline` stage, on completions of the SFT policy that the reward model has scored."""
     learning = {"steps": 120, "batch_size": 32, "evaluate_every": 60, "optimizer": optimizer(3e-4), **fields}
     return offline.Config(init="sft", method=method, data=FromStage("samples"), **learning)
