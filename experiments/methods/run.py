@@ -222,7 +222,8 @@ def draw(found: list[Row], curves: list[list[dict[str, float]]], path: Path) -> 
         while any(abs(x - u) < 0.6 and abs(y - v) < 0.018 for u, v in taken):  # of labels about here
             y += 0.003
         taken.append((x, y))
-        ax.annotate(one.name, (one.kl, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "grey"}  # to labels that had to move
+        ax.annotate(one.name, (one.kl, one.after), xytext=(1.09 * one.kl, y - 0.004), fontsize=8, arrowprops=line)
     if found:
         ax.axhline(float(np.mean([one.before for one in found])), color="grey", lw=1, ls=":")
     ax.set_xscale("log")
