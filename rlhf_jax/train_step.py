@@ -22,12 +22,20 @@ Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 """(state, batch, base) -> (state, metrics); a loop adds floats to these."""
 
 
+Parts = Callable[[Batch], tuple[jax.Array, Callable[[jax.Array], Batch]]]
+"""A batch to the number of its parts, and each part by its number."""
+
+
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    parts: Parts | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Build (state, batch, base={}) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict.
 
-    The batch's rows are split into `num_microbatches`; totals and counts add up before the one division, so the result
+    The batch's rows are split into `num_microbatches`, or as `parts` says, into as many as it says then; totals and counts add up before the one division, so the result
     does not depend on the split. Metrics hold the loss, the loss's own metrics, `grad_norm` before clipping, and what
     an optimiser that leaves updates out counts (guard.counters).
     Gradients add up and updates are computed in float32; a parameter that is kept in bfloat16 is then rounded at
@@ -46,19 +54,29 @@ def make_train_step(
             return jax.tree.map(as_float, grads), aux
 
         key = state.step_key()
+        if parts is not None:
+            count, part = parts(batch)
+
+            def add(index: jax.Array, sums: Any) -> Any:
+                new = gradient(state.params, part(index), state.hyper, jax.random.fold_in(key, index))
+                return jax.tree.map(jnp.add, sums, (new[0], *new[1]))
+
+            shapes = jax.eval_shape(lambda: gradient(state.params, part(jnp.int32(0)), state.hyper, key))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
+            return jax.lax.fori_loop(0, count, add, zeros)
         if num_microbatches == 1:
             grads, (loss, metrics) = gradient(state.params, batch, state.hyper, key)
             return grads, loss, metrics
-        parts = _split(batch, num_microbatches)
+        microbatches = _split(batch, num_microbatches)
 
         def body(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             microbatch, index = part
             grads, (loss, metrics) = gradient(state.params, microbatch, state.hyper, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, carry, (grads, loss, metrics)), None
 
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), state.hyper, key)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], microbatches), state.hyper, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-        (grads, loss, metrics), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(num_microbatches)))
+        (grads, loss, metrics), _ = jax.lax.scan(body, zeros, (microbatches, jnp.arange(num_microbatches)))
         return grads, loss, metrics
 
     def train_step(state: TrainState, batch: Batch, base: Params = _NO_BASE) -> tuple[TrainState, Metrics]:
