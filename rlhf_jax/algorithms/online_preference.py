@@ -156,7 +156,9 @@ class Algorithm(CriticFree):
             return super().sample(behaviour, frozen, prompts).replace(group_ids=groups)
         other = Behaviour(frozen.reference, jax.random.fold_in(behaviour.key, 2), behaviour.step)
         halves = [
-            super(Algorithm, self).sample(writer, frozen, jax.tree.map(lambda x, i=i: x[i::2], prompts))
+            super(Algorithm, self).sample(
+                writer, frozen, jax.tree.map(lambda x, i=i: x[i::2], prompts), copies=c.group_size // 2
+            )
             for i, writer in enumerate((behaviour, other))
         ]
         both = jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), *halves)

@@ -200,9 +200,18 @@ class PolicyGradient(ABC):
         return self.improve(state, frozen, rollout, metrics)
 
     def sample(
-        self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch, *, greedy: Bool[Array, " b"] | None = None
+        self,
+        behaviour: Behaviour,
+        frozen: Frozen,
+        prompts: PromptBatch,
+        *,
+        greedy: Bool[Array, " b"] | None = None,
+        copies: int | None = None,
     ) -> Rollout:
-        """A completion for each prompt, drawn, or where `greedy` says so the most probable tokens."""
+        """A completion for each prompt, drawn, or where `greedy` says so the most probable tokens.
+
+        Runs of `copies` prompts are the same one; None: as the config says.
+        """
         rollout = generate(
             self.spec,
             frozen.policy(behaviour.params),
@@ -214,7 +223,7 @@ class PolicyGradient(ABC):
             eos_id=self.eos_id,
             pad_id=self.pad_id,
             greedy=greedy,
-            copies=self.config.copies,
+            copies=self.config.copies if copies is None else copies,
             turns=self.config.turns,
         )
         rollout = rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
