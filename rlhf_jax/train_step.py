@@ -35,9 +35,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Build (state, batch, base={}) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict.
 
-    The batch's rows are split into `num_microbatches`, or as `parts` says, into as many as it says then; totals and counts add up before the one division, so the result
-    does not depend on the split. Metrics hold the loss, the loss's own metrics, `grad_norm` before clipping, and what
-    an optimiser that leaves updates out counts (guard.counters).
+    The batch's rows are split into `num_microbatches`, or as `parts` says, into as many as it says then; totals and
+    counts add up before the one division, so the result does not depend on the split. Metrics hold the loss, the loss's
+    own metrics, `grad_norm` before clipping, and what an optimiser that leaves updates out counts (guard.counters).
     Gradients add up and updates are computed in float32; a parameter that is kept in bfloat16 is then rounded at
     random, by a key of the state's.
     `base` are frozen parameters: the loss reads `lora.merge(base, state.params)`, and the latter alone are trained.

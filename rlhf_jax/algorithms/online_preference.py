@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlhf_jax import hosts, kl, losses, masking
+from rlhf_jax import hosts, kl, losses, masking, models
 from rlhf_jax.algorithms import critic_free, onpolicy
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.critic_free import CriticFree
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
-from rlhf_jax.algorithms.policy_gradient import PolicyGradientConfig, loss_mask, old_logps
+from rlhf_jax.algorithms.policy_gradient import PolicyGradientConfig
 from rlhf_jax.algorithms.policy_state import PolicyState
 from rlhf_jax.algorithms.preference_losses import Side, Term, weighted
+from rlhf_jax.algorithms.rollouts import loss_mask, old_logps
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation

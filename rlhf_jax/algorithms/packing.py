@@ -1,8 +1,8 @@
 """Completions of a minibatch laid end to end in longer rows, so that little padding is computed (Krell et al. 2021).
 
 A part is a few such rows, of one shape; a minibatch takes as many parts as its tokens fill, and its gradient is their
-sum. Rows stay whole, and a loss reads them as it always does: only states, and what is made of them, are computed where the
-tokens were laid. Each of the batch's shards lays its own rows.
+sum. Rows stay whole, and a loss reads them as it always does: only states, and what is made of them, are computed where
+the tokens were laid. Each of the batch's shards lays its own rows.
 
 Shapes: b rows of a minibatch, u units of them that stay together, t tokens, d the batch's shards, l tokens of a longer
 row, w tokens of a shard's part, c completion tokens of it.
@@ -45,8 +45,8 @@ class Packing:
         room = int(self.completions * self.length * (prompt_length + completion_tokens))
         if room < 2 * completion_tokens:
             raise ValueError(
-                f"packing.completions={self.completions} of packing.length={self.length} longest rows is {room} tokens: "
-                f"less than two completions of completion_tokens={completion_tokens}"
+                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than two "
+                f"completions of completion_tokens={completion_tokens}"
             )
 
 
@@ -133,12 +133,10 @@ def _laid(
 
 def read(packing: Packing | None, spec: ModelSpec, params: Params, batch: Rollout, *, prompt: int) -> Reading:
     """The states of a transformer's own `params`: of rows as they are, or where `parts` has placed them."""
+    b, t = batch.tokens.shape
     if batch.placed is None or packing is None:
         states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask)
-        return Reading(
-            states[:, prompt - 1 : -1], batch.tokens[:, prompt:], batch.mask, routing, None, batch.tokens.shape
-        )
-    b, t = batch.tokens.shape
+        return Reading(states[:, prompt - 1 : -1], batch.tokens[:, prompt:], batch.mask, routing, None, (b, t))
     width = packing.length * t
     shards, size = _shards(b), packing.rows * width
     own = [x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask)]

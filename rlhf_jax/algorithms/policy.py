@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax import advantages, importance, kl, losses, masking
+from rlhf_jax import advantages, importance, kl, losses, masking, models
 from rlhf_jax.algorithms import critic_free, onpolicy, trust_region
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.algorithms.critic_free import CriticFree

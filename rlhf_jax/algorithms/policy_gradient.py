@@ -22,6 +22,7 @@ from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.algorithms.packing import Packing, Reading
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
+from rlhf_jax.algorithms.rollouts import loss_mask, old_logps, row_mean
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
@@ -392,19 +393,3 @@ class PolicyGradient(ABC):
     def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
         """The logits alone."""
         return self.logits_and_values(params, rollout)[0]
-
-
-def old_logps(rollout: Rollout) -> Float[Array, "b t"]:
-    """Of the policy that an update starts from: the one that wrote the rollout, or, made ahead of it, an older one."""
-    return rollout.logps if rollout.old_logps is None else rollout.old_logps
-
-
-def loss_mask(rollout: Rollout) -> Bool[Array, "b t"]:
-    """The tokens that are learnt from."""
-    mask = rollout.completion_mask
-    return mask if rollout.used is None else mask & rollout.used[..., None]
-
-
-def row_mean(x: Float[Array, " b"], used: Bool[Array, " b"] | None, *, rows: int | None = None) -> Float[Array, ""]:
-    """Over the completions that are used, of the first `rows` of them."""
-    return x[:rows].mean() if used is None else masking.masked_mean(x[:rows], used[:rows])

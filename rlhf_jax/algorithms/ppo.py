@@ -22,9 +22,10 @@ from rlhf_jax.algorithms import onpolicy, replay
 from rlhf_jax.algorithms.context import Context, Role, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
-from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig, old_logps
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
 from rlhf_jax.algorithms.replay import Replay
+from rlhf_jax.algorithms.rollouts import old_logps
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
