@@ -59,7 +59,7 @@ def eos_probability(limit: int, mean: float) -> float:
     """The p of which completions of at most `limit` tokens, EOS included, have so many in the mean: (1 − (1 − p)ⁿ) / p.
 
     >>> round(eos_probability(48, 12), 4)
-    0.0817
+    0.082
     """
     low, high = 1e-9, 1.0
     for _ in range(60):
