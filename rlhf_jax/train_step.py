@@ -22,14 +22,22 @@ Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 """(state, batch, base) -> (state, metrics); a loop adds floats to these."""
 
 
+Parts = Callable[[Batch], tuple[jax.Array | int, Callable[[jax.Array], Batch]]]
+"""A batch to the number of its parts, and each part by its number."""
+
+
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    parts: Parts | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Build (state, batch, base={}) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict.
 
-    The batch's rows are split into `num_microbatches`; totals and counts add up before the one division, so the result
-    does not depend on the split. Metrics hold the loss, the loss's own metrics, `grad_norm` before clipping, and what
-    an optimiser that leaves updates out counts (guard.counters).
+    The batch's rows are split into `num_microbatches`, or as `parts` says, into as many as it says then; totals and
+    counts add up before the one division, so the result does not depend on the split. Metrics hold the loss, the loss's
+    own metrics, `grad_norm` before clipping, and what an optimiser that leaves updates out counts (guard.counters).
     Gradients add up and updates are computed in float32; a parameter that is kept in bfloat16 is then rounded at
     random, by a key of the state's.
     `base` are frozen parameters: the loss reads `lora.merge(base, state.params)`, and the latter alone are trained.
@@ -41,25 +49,21 @@ def make_train_step(
         return loss.total, (loss, metrics)
 
     def accumulate(state: TrainState, batch: Batch, base: Params) -> tuple[Params, Mean, dict[str, Mean]]:
-        def gradient(params: Params, batch: Batch, hyper: Hyper, key: Key) -> tuple[Params, Any]:
-            grads, aux = jax.grad(total, has_aux=True)(params, base, batch, hyper, key)
-            return jax.tree.map(as_float, grads), aux
-
         key = state.step_key()
-        if num_microbatches == 1:
-            grads, (loss, metrics) = gradient(state.params, batch, state.hyper, key)
-            return grads, loss, metrics
-        parts = _split(batch, num_microbatches)
 
-        def body(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            microbatch, index = part
-            grads, (loss, metrics) = gradient(state.params, microbatch, state.hyper, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, carry, (grads, loss, metrics)), None
+        def gradient(batch: Batch, key: Key) -> tuple[Params, Mean, dict[str, Mean]]:
+            grads, aux = jax.grad(total, has_aux=True)(state.params, base, batch, state.hyper, key)
+            return jax.tree.map(as_float, grads), *aux
 
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), state.hyper, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-        (grads, loss, metrics), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(num_microbatches)))
-        return grads, loss, metrics
+        if parts is None and num_microbatches == 1:
+            return gradient(batch, key)
+        count, part = _microbatches(batch, num_microbatches) if parts is None else parts(batch)
+
+        def one(index: jax.Array) -> tuple[Params, Mean, dict[str, Mean]]:
+            return gradient(part(index), jax.random.fold_in(key, index))
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
+        return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), zeros)
 
     def train_step(state: TrainState, batch: Batch, base: Params = _NO_BASE) -> tuple[TrainState, Metrics]:
         grads, loss, means = accumulate(state, batch, base)
@@ -74,6 +78,11 @@ def make_train_step(
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
+
+
+def _microbatches(batch: Batch, number: int) -> tuple[int, Callable[[jax.Array], Batch]]:
+    split = _split(batch, number)
+    return number, lambda index: jax.tree.map(lambda x: jnp.asarray(x)[index], split)
 
 
 def _rounded(wide: Params, like: Params, key: Key) -> Params:

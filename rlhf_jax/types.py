@@ -93,6 +93,7 @@ class Rollout(flax.struct.PyTreeNode):
     written_at: Int[Array, " b"] = flax.struct.field(
         default=None
     )  # optimiser steps that the behaviour policy had taken
+    placed: Int[Array, "b t"] = flax.struct.field(default=None)  # where tokens lie in a part
     read_mask: Bool[Array, "b t"] = flax.struct.field(default=None)  # of completions what a reward reads; None: all
 
     @property

@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlhf_jax import hosts, kl, losses, masking
+from rlhf_jax import hosts, kl, losses, masking, models
 from rlhf_jax.algorithms import critic_free, onpolicy
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.critic_free import CriticFree
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
-from rlhf_jax.algorithms.policy_gradient import PolicyGradientConfig, loss_mask, old_logps
+from rlhf_jax.algorithms.policy_gradient import PolicyGradientConfig
 from rlhf_jax.algorithms.policy_state import PolicyState
 from rlhf_jax.algorithms.preference_losses import Side, Term, weighted
+from rlhf_jax.algorithms.rollouts import loss_mask, old_logps
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation
@@ -199,8 +200,9 @@ class Algorithm(CriticFree):
             first_wins = batch.scores[:, 0] > batch.scores[:, 1]
             batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
             mask, old = loss_mask(batch)[:, window], old_logps(batch)[:, window]
-            logits, routing = self.logits_and_routing(params, batch)
-            logps = self.kept_logps(logits, batch)
+            at = self.reading(params, batch)
+            logits = models.unembed(self.spec, params, at.states)
+            logps = self.read_logps(logits, at, batch)
             lengths = jnp.maximum(batch.completion_mask.sum(-1, dtype=jnp.float32), 1)
             sides = Side(*(x.reshape(-1, 2) for x in (logps.sum(-1), batch.ref_logps.sum(-1), lengths)))
             chosen, rejected = (
@@ -213,12 +215,12 @@ class Algorithm(CriticFree):
             each = masking.keep(jnp.broadcast_to(jnp.repeat(loss, 2)[:, None], mask.shape), mask)
             if c.entropy_coef:
                 bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
-                each += hyper["entropy_coef"] * bonus
+                each += hyper["entropy_coef"] * at.in_rows(bonus, prompt=c.prompt_length)
             judged = mask.any(-1)[::2]
             metrics = {name: masking.token_mean(x, judged) for name, x in diagnostics.items() if name in self.reported}
             own = mask if c.second == "policy" else mask & (jnp.arange(len(mask)) % 2 == 0)[:, None]
             metrics["approx_kl"] = masking.token_mean(kl.k3(old, logps), own)
-            total, balance = with_load_balance(self.spec, self.reduce(each, mask), routing, batch.mask)
+            total, balance = with_load_balance(self.spec, self.reduce(each, mask), at.routing, at.mask)
             return total, metrics | balance
 
         return loss_fn

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax import advantages, importance, kl, losses, masking
+from rlhf_jax import advantages, importance, kl, losses, masking, models
 from rlhf_jax.algorithms import critic_free, onpolicy, trust_region
 from rlhf_jax.algorithms.context import Context, check_positive
 from rlhf_jax.algorithms.critic_free import CriticFree
@@ -298,8 +298,9 @@ class Algorithm(CriticFree):
             if self.together > 1:
                 batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
             mask, old = loss_mask(batch)[:, window], old_logps(batch)[:, window]
-            logits, routing = self.logits_and_routing(params, batch)
-            logps = self.kept_logps(logits, batch)
+            at = self.reading(params, batch)
+            logits = models.unembed(self.spec, params, at.states)
+            logps = self.read_logps(logits, at, batch)
             taken = Taken(logps, old, batch.advantages[:, window], batch.rewards.sum(-1), mask)
             low, high = (None if vars(c)[name] is None else hyper[name] for name in ("clip_eps", "clip_eps_high"))
             loss, clipped = LOSSES[c.loss](taken, low, high)
@@ -311,9 +312,9 @@ class Algorithm(CriticFree):
                 loss += hyper["kl_coef"] * ESTIMATORS[c.kl_estimator](logps, batch.ref_logps[:, window])
             if c.entropy_coef:
                 bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
-                loss += hyper["entropy_coef"] * bonus
+                loss += hyper["entropy_coef"] * at.in_rows(bonus, prompt=c.prompt_length)
             metrics = {"policy_clipped": token_mean(clipped, mask), "approx_kl": token_mean(kl.k3(old, logps), mask)}
-            total, balance = with_load_balance(self.spec, self.reduce(loss, mask), routing, batch.mask)
+            total, balance = with_load_balance(self.spec, self.reduce(loss, mask), at.routing, at.mask)
             return total, metrics | balance
 
         return loss_fn

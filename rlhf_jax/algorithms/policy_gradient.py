@@ -15,11 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import kl, masking, models
 from rlhf_jax.algorithms import consolidation, iterations, pretraining_mix, truncation
+from rlhf_jax.algorithms import packing as packed
 from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context, check_field, check_positive
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
+from rlhf_jax.algorithms.packing import Packing, Reading
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
+from rlhf_jax.algorithms.rollouts import loss_mask, old_logps, row_mean
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
@@ -32,7 +35,7 @@ from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import ended, generate
-from rlhf_jax.train_step import Step, in_parts, keep_if, make_train_step
+from rlhf_jax.train_step import Parts, Step, in_parts, keep_if, make_train_step
 from rlhf_jax.types import Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
 HEAD = "head"
@@ -68,6 +71,9 @@ class PolicyGradientConfig(OnPolicyConfig):
     """What the experiment's texts need of the policy's parameters is held near the start."""
     average: float | None = None
     """Decay of a moving average of the policy's parameters over iterations, which is what the stage ends with."""
+    packing: Packing | None = None
+    """A minibatch's completions are laid end to end where they are learnt from, in parts: faster where many are short;
+    none: as they are, in `num_microbatches`."""
     exact_kl_rows: int = 32
     """Completions an iteration whose KL is also summed over the whole vocabulary."""
 
@@ -94,6 +100,10 @@ class PolicyGradientConfig(OnPolicyConfig):
             raise ValueError(
                 f"ptx.batch_size={self.ptx.batch_size} must divide by num_microbatches={self.num_microbatches}"
             )
+        if self.packing is not None:
+            self.packing.check(self.prompt_length, self.completion_tokens)
+        if self.packing is not None and self.ptx is not None:
+            raise ValueError("packing lays completions alone: ptx must be None")
         for name in ("ptx", "ewc"):
             if vars(self)[name] is not None and self.placement != Colocated():
                 raise ValueError(f"{name} needs placement=Colocated() without offload")
@@ -167,7 +177,16 @@ class PolicyGradient(ABC):
         if c.ewc is not None:
             assert frozen.anchor is not None
             loss_fn = consolidation.held(loss_fn, frozen.anchor)
-        return make_train_step(loss_fn, self.policy_optimizer, num_microbatches=c.num_microbatches)
+        return make_train_step(
+            loss_fn, self.policy_optimizer, num_microbatches=c.num_microbatches, parts=self.parts_of_step()
+        )
+
+    def parts_of_step(self) -> Parts | None:
+        """How a minibatch is laid in parts, where it is."""
+        packing = self.config.packing
+        if packing is None:
+            return None
+        return lambda batch: packed.parts(packing, batch, loss_mask(batch))
 
     def iteration(self, state: Any, frozen: Frozen, prompts: PromptBatch) -> tuple[Any, Metrics, Rollout]:
         """Sample, score, update."""
@@ -350,15 +369,15 @@ class PolicyGradient(ABC):
             return rollout
         return rollout.replace(values=masking.keep(self.padded(values), rollout.completion_mask))
 
-    def states_and_routing(self, params: Params, rollout: Rollout) -> tuple[Float[Array, "b n d"], Any]:
-        """States that predict the completion's tokens, and where a mixture of experts sent all tokens."""
-        states, routing = models.hidden_and_routing(self.spec, params, rollout.tokens, rollout.mask)
-        return states[:, self.config.prompt_length - 1 : -1], routing
+    def reading(self, params: Params, batch: Rollout) -> Reading:
+        """What a transformer's states are of a minibatch, as it is or laid in parts."""
+        return packed.read(self.config.packing, self.spec, params, batch, prompt=self.config.prompt_length)
 
-    def logits_and_routing(self, params: Params, rollout: Rollout) -> tuple[Float[Array, "b n v"], Any]:
-        """Logits that predict the completion's tokens, and where a mixture of experts sent all tokens."""
-        states, routing = self.states_and_routing(params, rollout)
-        return models.unembed(self.spec, params, states), routing
+    def read_logps(self, logits: Float[Array, "*c v"], at: Reading, batch: Rollout) -> Float[Array, "b n"]:
+        """Of the completion's tokens at the sampling temperature, in their rows, 0 elsewhere."""
+        logps = token_logps(logits, at.tokens, temperature=self.config.sampling.temperature)
+        prompt = self.config.prompt_length
+        return masking.keep(at.in_rows(logps, prompt=prompt), batch.completion_mask[:, prompt:])
 
     def logits_and_values(
         self, params: Params, rollout: Rollout
@@ -374,19 +393,3 @@ class PolicyGradient(ABC):
     def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
         """The logits alone."""
         return self.logits_and_values(params, rollout)[0]
-
-
-def old_logps(rollout: Rollout) -> Float[Array, "b t"]:
-    """Of the policy that an update starts from: the one that wrote the rollout, or, made ahead of it, an older one."""
-    return rollout.logps if rollout.old_logps is None else rollout.old_logps
-
-
-def loss_mask(rollout: Rollout) -> Bool[Array, "b t"]:
-    """The tokens that are learnt from."""
-    mask = rollout.completion_mask
-    return mask if rollout.used is None else mask & rollout.used[..., None]
-
-
-def row_mean(x: Float[Array, " b"], used: Bool[Array, " b"] | None, *, rows: int | None = None) -> Float[Array, ""]:
-    """Over the completions that are used, of the first `rows` of them."""
-    return x[:rows].mean() if used is None else masking.masked_mean(x[:rows], used[:rows])

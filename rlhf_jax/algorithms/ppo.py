@@ -22,9 +22,10 @@ from rlhf_jax.algorithms import onpolicy, replay
 from rlhf_jax.algorithms.context import Context, Role, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
-from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig, old_logps
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
 from rlhf_jax.algorithms.replay import Replay
+from rlhf_jax.algorithms.rollouts import old_logps
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
@@ -112,7 +113,10 @@ class Algorithm(PolicyGradient):
         super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
         self.critic_optimizer = config.critic_optimizer.make(config.updates)
         self.critic_step = make_train_step(
-            self.critic_loss(), self.critic_optimizer, num_microbatches=config.num_microbatches
+            self.critic_loss(),
+            self.critic_optimizer,
+            num_microbatches=config.num_microbatches,
+            parts=self.parts_of_step(),
         )
 
     def improve(
@@ -198,24 +202,25 @@ class Algorithm(PolicyGradient):
         def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
             del key
             mask, old = batch.completion_mask[:, window], old_logps(batch)[:, window]
-            states, routing = self.states_and_routing(params, batch)
-            logits = models.unembed(self.spec, params, states)
-            logps = self.kept_logps(logits, batch)
+            at = self.reading(params, batch)
+            logits = models.unembed(self.spec, params, at.states)
+            logps = self.read_logps(logits, at, batch)
             loss, d = losses.ppo_clip(logps, old, batch.advantages[:, window], clip_eps=hyper["clip_eps"])
             if c.max_weight is not None:
                 loss *= importance.token_weights(old, batch.logps[:, window], high=c.max_weight)
             if c.entropy_coef:
                 bonus, _ = losses.entropy_bonus(entropy(logits, temperature=c.sampling.temperature))
-                loss += hyper["entropy_coef"] * bonus
+                loss += hyper["entropy_coef"] * at.in_rows(bonus, prompt=c.prompt_length)
             metrics = {
                 "policy_clipped": masking.token_mean(d["clipped"], mask),
                 "approx_kl": masking.token_mean(kl.k3(old, logps), mask),
             }
             if isinstance(c.critic, SharedTrunk):
-                value_loss, value_metrics = self.value_loss(models.read_head(params, states), batch, hyper)
+                values = at.in_rows(models.read_head(params, at.states), prompt=c.prompt_length)
+                value_loss, value_metrics = self.value_loss(values, batch, hyper)
                 loss += hyper["value_coef"] * value_loss
                 metrics |= value_metrics | {"value_loss": self.reduce(value_loss, mask)}
-            total, balance = with_load_balance(self.spec, self.reduce(loss, mask), routing, batch.mask)
+            total, balance = with_load_balance(self.spec, self.reduce(loss, mask), at.routing, at.mask)
             return total, metrics | balance
 
         return loss_fn
@@ -226,7 +231,8 @@ class Algorithm(PolicyGradient):
 
         def loss_fn(params: Params, batch: Rollout, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
             del key
-            values = models.values(self.spec, params, batch.tokens, batch.mask)[:, window]
+            at = self.reading(params["trunk"], batch)
+            values = at.in_rows(models.read_head(params, at.states), prompt=self.config.prompt_length)
             loss, metrics = self.value_loss(values, batch, hyper)
             return self.reduce(loss, batch.completion_mask[:, window]), metrics
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import kl, masking
 from rlhf_jax.algorithms.iterations import Frozen
-from rlhf_jax.algorithms.policy_gradient import PolicyGradient, loss_mask
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
+from rlhf_jax.algorithms.rollouts import loss_mask
 from rlhf_jax.numerics import require
 from rlhf_jax.train_step import in_parts
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState

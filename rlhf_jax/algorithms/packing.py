@@ -1,0 +1,158 @@
+"""Completions of a minibatch laid end to end in longer rows, so that little padding is computed (Krell et al. 2021).
+
+A part is a few such rows, of one shape; a minibatch takes as many parts as its tokens fill, and its gradient is their
+sum. Rows stay whole, and a loss reads them as it always does: only states, and what is made of them, are computed where
+the tokens were laid. Each of the batch's shards lays its own rows.
+
+Shapes: b rows of a minibatch, u units of them that stay together, t tokens, d the batch's shards, l tokens of a longer
+row, w tokens of a shard's part, c completion tokens of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import models
+from rlhf_jax.masking import positions
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.numerics import require
+from rlhf_jax.sharding import constrain, splits
+from rlhf_jax.types import Params, Rollout
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How completions are laid in parts."""
+
+    rows: int = 4
+    """Longer rows in a part, on each of the batch's shards."""
+    length: int = 2
+    """How often the longest prompt and completion fit in one."""
+    completions: float = 1.0
+    """Largest share of its tokens that are completions; so much of it reaches the vocabulary."""
+
+    def __post_init__(self) -> None:
+        require("packing.rows", self.rows, "[1, inf)")
+        require("packing.length", self.length, "[2, inf)")
+        require("packing.completions", self.completions, "(0, 1]")
+
+    def check(self, prompt_length: int, completion_tokens: int) -> None:
+        """Raise ValueError unless the longest pair of completions fits in a row."""
+        room = int(self.completions * self.length * (prompt_length + completion_tokens))
+        if room < 2 * completion_tokens:
+            raise ValueError(
+                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than two "
+                f"completions of completion_tokens={completion_tokens}"
+            )
+
+
+class Reading(NamedTuple):
+    """States that predict completion tokens, as they lie in rows or in a part."""
+
+    states: Float[Array, "*c D"]
+    tokens: Int[Array, "*c"]
+    """That they predict."""
+    mask: Bool[Array, "r l"]
+    """Of all that the transformer read."""
+    routing: Any
+    """Where a mixture of experts sent it; None without."""
+    where: Int[Array, "d c"] | None
+    """The tokens' places among a shard's b t; None where they lie in rows."""
+    shape: tuple[int, int]
+    """(b, t)."""
+
+    def in_rows(self, x: Float[Array, "*c"], *, prompt: int) -> Float[Array, "b n"]:
+        """What was computed of them, in the rows' columns after the prompt; 0 where there is nothing."""
+        if self.where is None:
+            return x
+        empty = jnp.zeros((len(self.where), self.shape[0] // len(self.where) * self.shape[1]), x.dtype)
+        laid_out = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(empty, self.where, x)
+        return laid_out.reshape(self.shape)[:, prompt:]
+
+
+def parts(
+    packing: Packing, batch: Rollout, learnt: Bool[Array, "*b t"]
+) -> tuple[Int[Array, ""], Callable[[Array], Rollout]]:
+    """How many parts a minibatch takes, and each by its number: the minibatch, with its other rows masked.
+
+    `learnt` are the tokens that are learnt from: rows without any take no room. Rows of a pair, [b / 2, 2, t], stay in
+    one part.
+    """
+    shape, t = learnt.shape, learnt.shape[-1]
+    together = 1 if learnt.ndim == 2 else shape[1]
+    learnt = learnt.reshape(-1, t)
+    mask = batch.mask.reshape(-1, t) & learnt.any(-1, keepdims=True)
+    width, sizes = packing.length * t, (mask.sum(-1), learnt.sum(-1))
+    bins, starts, used = jax.vmap(lambda n, c: _laid(packing, n, c, width=width))(
+        *(x.reshape(_shards(len(mask)), -1, together).sum(-1) for x in sizes)
+    )
+    lengths = mask.sum(-1).reshape(-1, together)
+    ahead = jnp.cumsum(lengths, axis=1) - lengths  # of the unit's other rows
+    first = (bins % packing.rows * width + starts).reshape(-1, 1) + ahead
+    place = first.reshape(-1, 1) + positions(mask)
+    number = jnp.repeat(bins.reshape(-1) // packing.rows, together)
+
+    def part(index: Array) -> Rollout:
+        inside = mask & (number == index)[:, None]
+        placed = jnp.where(inside, place, packing.rows * width).reshape(shape)
+        return batch.replace(
+            prompt_mask=batch.prompt_mask & inside.reshape(shape),
+            completion_mask=batch.completion_mask & inside.reshape(shape),
+            placed=placed,
+        )
+
+    return -(-used.max() // packing.rows), part
+
+
+def _shards(rows: int) -> int:
+    """How many shards lay rows apart; pairs of them never part."""
+    return splits("batch") if rows % (2 * splits("batch")) == 0 else 1
+
+
+def _laid(
+    packing: Packing, sizes: Int[Array, " u"], completions: Int[Array, " u"], *, width: int
+) -> tuple[Int[Array, " u"], Int[Array, " u"], Int[Array, ""]]:
+    """Of each unit its bin and where it begins there, and how many bins are used: first fit, the longest first."""
+    room = jnp.full(len(sizes), width), jnp.full(len(sizes), int(packing.completions * width))
+    order = jnp.argsort(-sizes)
+
+    def lay(free: tuple[Array, Array], unit: Array) -> Any:
+        fits = (free[0] >= sizes[unit]) & (free[1] >= completions[unit])
+        which = jnp.argmax(fits)
+        start = width - free[0][which]
+        return (free[0].at[which].add(-sizes[unit]), free[1].at[which].add(-completions[unit])), (which, start)
+
+    _, (bins, starts) = jax.lax.scan(lay, room, order)
+    back = jnp.argsort(order)
+    return bins[back], starts[back], jnp.max(jnp.where(sizes[order] > 0, bins, -1)) + 1
+
+
+def read(packing: Packing | None, spec: ModelSpec, params: Params, batch: Rollout, *, prompt: int) -> Reading:
+    """The states of a transformer's own `params`: of rows as they are, or where `parts` has placed them."""
+    b, t = batch.tokens.shape
+    if batch.placed is None or packing is None:
+        states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask)
+        return Reading(states[:, prompt - 1 : -1], batch.tokens[:, prompt:], batch.mask, routing, None, (b, t))
+    width = packing.length * t
+    shards, size = _shards(b), packing.rows * width
+    own = [x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask)]
+    row = jnp.arange(b // shards).repeat(t) + 1
+
+    def lay(place: Array, tokens: Array) -> tuple[Array, Array]:
+        empty = jnp.zeros(size, jnp.int32)
+        return empty.at[place].set(tokens, mode="drop"), empty.at[place].set(row, mode="drop")
+
+    tokens, segments = (constrain(x.reshape(-1, width), "batch", None) for x in jax.vmap(lay)(*own[:2]))
+    mask = segments > 0
+    states, routing = models.hidden_and_routing(spec, params, tokens, mask, segment_ids=segments)
+    kept = int(packing.completions * size)
+    where = jax.vmap(lambda x: jnp.nonzero(x, size=kept, fill_value=len(row))[0])(own[2])
+    at = jnp.minimum(where, len(row) - 1)
+    before = jax.vmap(lambda place, index: place[index] - 1)(own[0], at)
+    states = jax.vmap(lambda x, index: x[index])(states.reshape(shards, size, -1), jnp.clip(before, 0, size - 1))
+    predicted = jax.vmap(lambda x, index: x[index])(own[1], at)
+    return Reading(states, predicted, mask, routing, where, (b, t))
