@@ -156,6 +156,7 @@ class Config(PolicyGradientConfig):
                 f"batch_size={self.batch_size} must divide by trust_region.fisher_every",
             ),
             (region and self.ptx is not None, "ptx is no part of trust_region's step"),
+            (region and self.packing is not None, "packing is no part of trust_region's step"),
             (region and self.ewc is not None, "ewc is no part of trust_region's step"),
             (
                 region and (self.optimizer.master, self.optimizer.bad_steps) != ("float32", "stop"),

@@ -172,3 +172,8 @@ def test_what_makes_no_sense_is_refused(fields, said):
 def test_a_row_must_hold_a_pair_of_the_longest_completions():
     with pytest.raises(ValueError, match="less than two completions"):
         of_policy("grpo", packing=Packing(completions=0.5))
+
+
+def test_a_step_that_does_not_pack_is_not_told_to():
+    with pytest.raises(ValueError, match="packing is no part of trust_region's step"):
+        of_policy("trpo", packing=Packing(), epochs=1, minibatches=1)
