@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import checkpoint, hosts, models, records, report, sharding
+from rlhf_jax import checkpoint, hosts, memory, models, records, report, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
@@ -115,8 +115,9 @@ def start_backend(mesh: MeshConfig) -> int:
     """Set what JAX reads when it starts, unless the user has set it; returns the number of devices.
 
     Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU, each
-    process its part of them.
+    process its part of them. Memory that is freed stays with the process.
     """
+    memory.keep_freed()
     settings: Any = jax.config  # its attributes are made at run time
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
