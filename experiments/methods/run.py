@@ -1,9 +1,11 @@
 """Run every method for three seeds, and put what came of it into README.md here: its tables and its picture.
 
     python experiments/methods/run.py                   # hours on two cores; the same command goes on where it stopped
-    python experiments/methods/run.py --table-only      # of the runs that are finished
+    python experiments/methods/run.py --table-only      # of the figures that are there
 
-What runs is `rlhf-jax run` on sentiment.py and arithmetic.py beside this file.
+What runs is `rlhf-jax run` on sentiment.py and arithmetic.py beside this file. What a method came to under a seed is a
+line of figures.jsonl, kept with the sources: the runs may be made on several machines, a seed each, and a seed whose
+lines are all there is not run again.
 """
 
 import json
@@ -12,7 +14,6 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,8 +82,32 @@ TASKS = {"sentiment": (SENTIMENT, "gold"), "arithmetic": (ARITHMETIC, "score")}
 """By its config file, the methods of a task and the reading that says how good a completion is."""
 
 
-@dataclass(frozen=True)
-class Row:
+FIGURES = HERE / "figures.jsonl"
+
+
+class Figure(NamedTuple):
+    """What a method came to under one seed: a line of figures.jsonl."""
+
+    task: str
+    method: str
+    seed: int
+    before: float
+    after: float
+    gain_std: float
+    """Standard deviation of a prompt's gain."""
+    prompts: int
+    kl: float
+    length: float
+    distinct2: float
+    seconds: float | None
+    """Of its own stages, compilation and the reading before and after included."""
+    curve: list[list[float]] | None
+    """KL and gold score of the best of n, by n; of best of 16 alone."""
+    commit: str
+    """Of the sources that ran."""
+
+
+class Row(NamedTuple):
     """What a method came to, means over seeds."""
 
     name: str
@@ -102,31 +127,81 @@ class Row:
 
 
 def main(to: Path = Path("runs/methods"), seeds: tuple[int, ...] = (0, 1, 2), table_only: bool = False) -> None:
-    """Run what is not finished, then write the tables.
+    """Run what has no figures, then write the tables.
 
     Args:
         to: The folder of the runs, a workdir for each task and seed.
         seeds: One run of each task for each.
         table_only: Run nothing.
     """
-    if not table_only:
-        to.mkdir(parents=True, exist_ok=True)
-        write_whole(to / "sums.jsonl", sums())
-        for seed in seeds:
-            for task in TASKS:
-                command = [sys.executable, "-m", "rlhf_jax", "run", str(HERE / f"{task}.py"), "--seed", str(seed)]
-                ended = subprocess.run([*command, "--workdir", f"{task}_{seed}"], cwd=to, check=False)
-                if ended.returncode:
-                    sys.exit(ended.returncode)
+    for seed in () if table_only else seeds:
+        for task, (methods, _) in TASKS.items():
+            there = {one.method for one in figures() if (one.task, one.seed) == (task, seed)}
+            if there >= set(methods):
+                print(f"{task}, seed {seed}: in {FIGURES.name}")
+                continue
+            to.mkdir(parents=True, exist_ok=True)
+            write_whole(to / "sums.jsonl", sums())
+            command = [sys.executable, "-m", "rlhf_jax", "run", str(HERE / f"{task}.py"), "--seed", str(seed)]
+            ended = subprocess.run([*command, "--workdir", f"{task}_{seed}"], cwd=to, check=False)
+            keep(found(to / f"{task}_{seed}", task, seed))
+            if ended.returncode:
+                sys.exit(ended.returncode)
+    for task, seed in ((task, seed) for task in TASKS for seed in seeds):  # of runs that another command has begun
+        keep(found(to / f"{task}_{seed}", task, seed))
     text = (HERE / "README.md").read_text(encoding="utf-8")
+    kept = figures()
     for task, (methods, reading) in TASKS.items():
-        found = rows([to / f"{task}_{seed}" for seed in seeds], methods, reading)
-        text = with_block(text, task, table(found, reading))
+        of_task = [one for one in kept if one.task == task]
+        lines = [row(name, own) for name in methods if (own := [one for one in of_task if one.method == name])]
+        text = with_block(text, task, table(lines, reading))
         if task == "sentiment":
-            files = (to / f"{task}_{seed}" / "best_of_16" / "evaluation.json" for seed in seeds)
-            curves = [json.loads(file.read_text())["best_of_n"] for file in files if file.is_file()]
-            draw(found, curves, HERE / "sentiment.png")
+            draw(lines, [one.curve for one in of_task if one.curve], HERE / "sentiment.png")
     write_whole(HERE / "README.md", text)
+
+
+def figures() -> list[Figure]:
+    """All that are kept."""
+    return [Figure(**line) for line in read_jsonl(FIGURES)] if FIGURES.exists() else []
+
+
+def keep(new: list[Figure]) -> None:
+    """Put figures in the file, each in the place of an older one of its method and seed."""
+    lines = {(one.task, one.method, one.seed): one for one in [*figures(), *new]}
+    write_whole(FIGURES, "".join(json.dumps(lines[key]._asdict()) + "\n" for key in sorted(lines)))
+
+
+def found(workdir: Path, task: str, seed: int) -> list[Figure]:
+    """Of each method that is finished in a workdir."""
+    methods, reading = TASKS[task]
+    done = {name: method for name, method in methods.items() if (workdir / method.reading / "summary.json").is_file()}
+    return [figure(workdir, task, seed, name, method, reading) for name, method in done.items()]
+
+
+def figure(workdir: Path, task: str, seed: int, name: str, method: Method, reading: str) -> Figure:
+    """Of one method, read from the files of its run."""
+    folder = workdir / method.reading
+    summary = json.loads((folder / "summary.json").read_text())
+    values = np.asarray([line[reading] for line in read_jsonl(folder / "samples.jsonl")]).reshape(2, -1)
+    sessions = workdir / "sessions.json"  # written when a session ends
+    spent = json.loads(sessions.read_text())["stage_seconds"] if sessions.is_file() else {}
+    evaluation = folder / "evaluation.json"
+    points = json.loads(evaluation.read_text()).get("best_of_n", []) if evaluation.is_file() else []
+    return Figure(
+        task=task,
+        method=name,
+        seed=seed,
+        before=summary[f"{reading}_before"],
+        after=summary[f"{reading}_after"],
+        gain_std=round(float(np.std(values[1] - values[0], ddof=1)), 6),
+        prompts=values.shape[1],
+        kl=summary["seq_kl"],
+        length=summary["length_after"],
+        distinct2=summary["distinct2_after"],
+        seconds=sum(spent[stage] for stage in method.stages) if spent.keys() >= set(method.stages) else None,
+        curve=[[point["kl"], point["gold"]] for point in points if point["kl"]] or None,
+        commit=json.loads((workdir / "config.json").read_text())["commit"],
+    )
 
 
 def sums() -> str:
@@ -137,56 +212,37 @@ def sums() -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def rows(workdirs: list[Path], methods: dict[str, Method], reading: str) -> list[Row]:
-    """A row for each method that is finished for some seed."""
-    found = []
-    for name, method in methods.items():
-        finished = [workdir for workdir in workdirs if (workdir / method.reading / "summary.json").is_file()]
-        if finished:
-            found.append(row(name, method, reading, finished))
-    return found
-
-
-def row(name: str, method: Method, reading: str, workdirs: list[Path]) -> Row:
+def row(name: str, seeds: list[Figure]) -> Row:
     """The standard error is that over prompts, all seeds together, or over seeds, where that is larger."""
-    figures, gains, seconds = [], [], []
-    for workdir in workdirs:
-        folder = workdir / method.reading
-        figures.append(json.loads((folder / "summary.json").read_text()))
-        samples = read_jsonl(folder / "samples.jsonl")
-        values = np.asarray([line[reading] for line in samples]).reshape(2, -1)
-        gains.append(values[1] - values[0])
-        sessions = workdir / "sessions.json"  # written when a session ends
-        spent = json.loads(sessions.read_text())["stage_seconds"] if sessions.is_file() else {}
-        seconds.append(sum(spent.get(stage, math.nan) for stage in method.stages))
-    pooled = np.concatenate(gains)
-    errors = [pooled.std(ddof=1) / math.sqrt(len(pooled))]
-    if len(gains) > 1:
-        errors.append(np.std([own.mean() for own in gains], ddof=1) / math.sqrt(len(gains)))
+    gains = np.asarray([one.after - one.before for one in seeds])
+    prompts = np.asarray([one.prompts for one in seeds])
+    errors = [math.sqrt(sum(prompts * [one.gain_std**2 for one in seeds])) / sum(prompts)]
+    if len(seeds) > 1:
+        errors.append(float(np.std(gains, ddof=1)) / math.sqrt(len(seeds)))
 
-    def mean(figure: str) -> float:
-        return float(np.mean([one[figure] for one in figures]))
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else math.nan
 
     return Row(
         name=name,
-        before=mean(f"{reading}_before"),
-        after=mean(f"{reading}_after"),
-        error=float(max(errors)),
-        kl=mean("seq_kl"),
-        length=mean("length_after"),
-        distinct2=mean("distinct2_after"),
-        seconds=float(np.mean(seconds)),
-        seeds=len(gains),
+        before=mean([one.before for one in seeds]),
+        after=mean([one.after for one in seeds]),
+        error=max(errors),
+        kl=mean([one.kl for one in seeds]),
+        length=mean([one.length for one in seeds]),
+        distinct2=mean([one.distinct2 for one in seeds]),
+        seconds=mean([one.seconds for one in seeds if one.seconds is not None]),
+        seeds=len(seeds),
     )
 
 
-def table(found: list[Row], reading: str) -> str:
+def table(rows: list[Row], reading: str) -> str:
     """In Markdown; a gain of less than two standard errors is marked."""
-    if not found:
+    if not rows:
         return "Not run yet."
     titles = f"| method | {reading} before | after | gain | KL, nats | length | distinct-2 | seconds | seeds |"
     lines = [titles, "|---|" + "---|" * 8]
-    for one in found:
+    for one in rows:
         mark = "" if one.gain > 2 * one.error else " (within noise)"
         cells = (
             one.name,
@@ -210,13 +266,13 @@ def with_block(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
 
 
-def draw(found: list[Row], curves: list[list[dict[str, float]]], path: Path) -> None:
+def draw(rows: list[Row], curves: list[list[list[float]]], path: Path) -> None:
     """Gold score over KL: a point a method, and the best of n for n from 2 to 16, a line a seed."""
     figure, ax = plt.subplots(figsize=(9, 6))
     for points in curves:
-        ax.plot([p["kl"] for p in points if p["kl"]], [p["gold"] for p in points if p["kl"]], color="grey", lw=1)
+        ax.plot(*zip(*points, strict=True), color="grey", lw=1)
     taken: list[tuple[float, float]] = []
-    for one in sorted(found, key=lambda one: one.after):
+    for one in sorted(rows, key=lambda one: one.after):
         ax.errorbar(one.kl, one.after, yerr=2 * one.error, fmt="o", ms=5, lw=1)
         x, y = math.log(one.kl), one.after
         while any(abs(x - u) < 0.6 and abs(y - v) < 0.018 for u, v in taken):  # of labels about here
@@ -224,10 +280,10 @@ def draw(found: list[Row], curves: list[list[dict[str, float]]], path: Path) -> 
         taken.append((x, y))
         line = {"arrowstyle": "-", "lw": 0.4, "color": "grey"}  # to labels that had to move
         ax.annotate(one.name, (one.kl, one.after), xytext=(1.09 * one.kl, y - 0.004), fontsize=8, arrowprops=line)
-    if found:
-        ax.axhline(float(np.mean([one.before for one in found])), color="grey", lw=1, ls=":")
+    if rows:
+        ax.axhline(float(np.mean([one.before for one in rows])), color="grey", lw=1, ls=":")
     ax.set_xscale("log")
-    ax.set_xlim(right=2.5 * max((one.kl for one in found), default=1.0))
+    ax.set_xlim(right=2.5 * max((one.kl for one in rows), default=1.0))
     ax.set_xlabel("sequence KL to the SFT policy (nats)")
     ax.set_ylabel("gold score, P(positive)")
     ax.set_title("Every method on the quickstart's task; bars: two standard errors of the gain; line: best of 2 to 16")
