@@ -2,7 +2,9 @@
 
     rlhf-jax run experiments/methods/arithmetic.py --data.path sums.jsonl --seed 0 --workdir runs/methods/arithmetic_0
 
-`run.py` writes the sums of two numbers below 30, and does so for three seeds.
+`run.py` writes the sums of three digits, and does so for three seeds. Each is answered twice: by somebody careful, who has
+it right, and by somebody hasty, who writes "about" and is off by up to five. The SFT policy answers as either; which of the two is
+right is the reward's to say.
 """
 
 from typing import Any
@@ -19,17 +21,17 @@ SUMS = Jsonl("sums.jsonl", heldout=0.2)
 
 
 def on_policy(method: str, **fields: Any) -> policy.Config:
-    """A method of the `policy` stage, on 40 batches of 16 sums with eight answers each."""
+    """A method of the `policy` stage, on 30 batches of 16 sums with eight answers each."""
     shared = {
         "policy": "sft",
         "reward": AnswerChecker(),
         "data": SUMS,
-        "prompt_tokens": (1, 12),
+        "prompt_tokens": (1, 16),
         "completion_tokens": 6,
-        "evaluation_prompts": 180,
-        "steps": 40,
+        "evaluation_prompts": 400,
+        "steps": 30,
         "batch_size": 128,
-        "optimizer": Optimizer(learning_rate=4e-4, schedule="linear"),
+        "optimizer": Optimizer(learning_rate=5e-5, schedule="linear"),
     }
     return policy.Config(**{**shared, **METHODS[method], "group_size": 8, "minibatches": 2, **fields})
 
@@ -40,11 +42,11 @@ def get_config() -> Experiment:
     stages = {
         "sft": sft.Config(
             data=None,
-            steps=80,
+            steps=450,
             batch_size=16,
             row_length=64,
             heldout_rows=16,
-            evaluate_every=40,
+            evaluate_every=150,
             optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
         ),
         "rloo": on_policy("rloo"),

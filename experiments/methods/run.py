@@ -8,6 +8,7 @@ line of figures.jsonl, kept with the sources: the runs may be made on several ma
 lines are all there is not run again.
 """
 
+import itertools
 import json
 import math
 import random
@@ -205,11 +206,19 @@ def figure(workdir: Path, task: str, seed: int, name: str, method: Method, readi
 
 
 def sums() -> str:
-    """All sums of two numbers below 30 as JSON lines, shuffled."""
-    pairs = [(a, b) for a in range(30) for b in range(30)]
-    random.Random(0).shuffle(pairs)
-    lines = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}", "answer": a + b} for a, b in pairs]
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    """All sums of three digits as JSON lines, shuffled; each answered rightly, and again, after "about", by a guess."""
+    terms = list(itertools.product(range(10), repeat=3))
+    draw = random.Random(0)
+    draw.shuffle(terms)
+    rows = []
+    for a, b, c in terms:
+        right = a + b + c
+        guess = max(0, right + draw.choice([-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]))
+        rows += [
+            {"prompt": f"{a} + {b} + {c} =", "completion": text, "answer": right}
+            for text in (f" {right}", f" about {guess}")
+        ]
+    return "".join(json.dumps(line) + "\n" for line in rows)
 
 
 def row(name: str, seeds: list[Figure]) -> Row:
