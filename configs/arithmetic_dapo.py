@@ -1,15 +1,18 @@
 """Sums with a checkable answer: SFT on them, then DAPO on whether the number is right, with no reward model.
 
     python -c "
-    import json, random; random.seed(0)
-    sums = [(a, b) for a in range(30) for b in range(30)]; random.shuffle(sums)
-    for a, b in sums: print(json.dumps({'prompt': f'{a} + {b} =', 'completion': f' {a + b}', 'answer': a + b}))
+    import itertools, json, random; random.seed(0)
+    terms = list(itertools.product(range(10), repeat=3)); random.shuffle(terms)
+    for t in terms:
+        for text in (f' {sum(t)}', f' about {max(0, sum(t) + random.choice([-3, -2, -1, 1, 2, 3]))}'):
+            print(json.dumps({'prompt': ' + '.join(map(str, t)) + ' =', 'completion': text, 'answer': sum(t)}))
     " > sums.jsonl
     rlhf-jax run configs/arithmetic_dapo.py      (2 CPU cores, minutes; figures of the method: experiments/methods)
 
-The last fifth of the rows is held out. A group whose eight answers are all right or all wrong teaches nothing and gives
-way to another prompt's. Other problems may stand in the file, with prompt, completion (for SFT) and answer (for the
-reward) in each row.
+Each sum is answered twice, rightly and by a guess that begins with "about"; the SFT policy does either, and DAPO has
+it leave the guessing. The last fifth of the rows is held out. A group whose eight answers are all right or all wrong
+teaches nothing and gives way to another prompt's. Other problems may stand in the file, with prompt, completion (for
+SFT) and answer (for the reward) in each row.
 """
 
 from rlhf_jax.algorithms import policy, sft
@@ -32,11 +35,11 @@ def get_config() -> Experiment:
         stages={
             "sft": sft.Config(
                 data=None,
-                steps=80,
+                steps=450,
                 batch_size=16,
                 row_length=64,
                 heldout_rows=16,
-                evaluate_every=40,
+                evaluate_every=150,
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
             "dapo": policy.Config(
@@ -44,14 +47,14 @@ def get_config() -> Experiment:
                 policy="sft",
                 reward=AnswerChecker(),
                 data=SUMS,
-                prompt_tokens=(1, 12),
+                prompt_tokens=(1, 16),
                 completion_tokens=6,
-                evaluation_prompts=180,
-                steps=40,
+                evaluation_prompts=400,
+                steps=30,
                 batch_size=128,
                 epochs=2,
                 minibatches=2,
-                optimizer=Optimizer(learning_rate=4e-4, schedule="linear"),
+                optimizer=Optimizer(learning_rate=5e-5, schedule="linear"),
             ),
         },
     )

@@ -2,9 +2,9 @@
 
     rlhf-jax run experiments/methods/arithmetic.py --data.path sums.jsonl --seed 0 --workdir runs/methods/arithmetic_0
 
-`run.py` writes the sums of three digits, and does so for three seeds. Each is answered twice: by somebody careful, who has
-it right, and by somebody hasty, who writes "about" and is off by up to five. The SFT policy answers as either; which of the two is
-right is the reward's to say.
+`run.py` writes the sums of three digits, and does so for three seeds. Each is answered twice: by a careful hand,
+rightly, and by a hasty one, which writes "about" and is off by up to five. The SFT policy answers as either, at about
+equal shares; which of the two to be is what the reward teaches.
 """
 
 from typing import Any
