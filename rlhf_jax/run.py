@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import checkpoint, hosts, memory, models, records, report, sharding
+from rlhf_jax import checkpoint, hosts, memory, models, records, sharding
 from rlhf_jax.algorithms import (
     ai_feedback,
     best_of_n,
@@ -261,6 +261,8 @@ def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None
 def _summary(workdir: Path, *, draws: bool) -> dict[str, Any]:
     """What summary.json holds; the report is drawn where it is missing."""
     if draws and not (workdir / "report.html").exists():
+        from rlhf_jax import report  # with matplotlib, which the first step need not wait for
+
         say(f"{workdir / 'summary.json'} and {report.write(workdir)} are written")
     return read_json(workdir / "summary.json")
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import run
+from rlhf_jax import report, run
 from rlhf_jax.algorithms import policy
 from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
@@ -34,7 +34,7 @@ def surroundings(monkeypatch, tmp_path):
         path.write_text("report")
         return path
 
-    monkeypatch.setattr(run.report, "write", write_report)
+    monkeypatch.setattr(report, "write", write_report)
 
 
 @pytest.fixture
@@ -288,3 +288,9 @@ def test_backend_in_a_fresh_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout == "4\n", done.stderr
     assert list((tmp_path / "rlhf_jax" / "xla").iterdir())
+
+
+def test_a_first_step_does_not_wait_for_what_only_reports_and_the_gold_score_import():
+    script = "import sys, rlhf_jax.run; print(*({'sklearn', 'scipy.stats', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,18 +1,18 @@
-"""Sentiment as a reward: a classifier fitted on labelled reviews (the gold judge), and VADER as a second reading."""
+"""Sentiment as a reward: a classifier fitted on labelled reviews (the gold judge), and VADER as a second reading.
+
+scikit-learn is imported where it is called: it takes a second, and most stages' first steps do without it.
+"""
 
 import functools
 import hashlib
 import io
 import json
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
-import sklearn
 from jaxtyping import Float
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rlhf_jax.cache import cache_dir
@@ -37,6 +37,8 @@ class GoldClassifier:
     """P(positive) of a text by logistic regression on TF-IDF features of words."""
 
     def __init__(self, terms: Sequence[str], idf: np.ndarray, weights: np.ndarray, bias: float) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         self._vectorizer = TfidfVectorizer(vocabulary=list(terms), **{**_FEATURES, "min_df": 1})
         self._vectorizer.idf_ = idf
         self._weights, self._bias = weights.astype(np.float32), np.float32(bias)
@@ -73,8 +75,12 @@ def _vader() -> SentimentIntensityAnalyzer:
 
 
 def _fit(reviews: Sequence[Review], labels: Sequence[int]) -> dict[str, np.ndarray]:
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     vectorizer = TfidfVectorizer(**_FEATURES)
-    features = scipy.sparse.csr_matrix(vectorizer.fit_transform(review.text for review in reviews))
+    features = csr_matrix(vectorizer.fit_transform(review.text for review in reviews))
     model = LogisticRegression(C=_REGULARISATION, solver="liblinear", random_state=0).fit(features, labels)
     return {
         "terms": np.asarray(json.dumps(vectorizer.get_feature_names_out().tolist())),
@@ -85,7 +91,7 @@ def _fit(reviews: Sequence[Review], labels: Sequence[int]) -> dict[str, np.ndarr
 
 
 def _content_hash(reviews: Sequence[Review]) -> str:
-    settings = [repr(_FEATURES), _REGULARISATION, sklearn.__version__]
+    settings = [repr(_FEATURES), _REGULARISATION, metadata.version("scikit-learn")]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for review in reviews:
         digest.update(f"{review.label}\0{review.text}\0".encode())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import jax
 import pytest
 
-from rlhf_jax import run
+from rlhf_jax import report, run
 from rlhf_jax.algorithms import made_rows
 from rlhf_jax.data import formats
 from rlhf_jax.data.reading import read, read_examples
@@ -63,7 +63,7 @@ def surroundings(monkeypatch):
         monkeypatch.setitem(run.STAGES, stage, train)
     monkeypatch.setattr(run.Context, "policy_params", lambda context, name: toys.read(context.stage_dir(name)))
     monkeypatch.setattr(run, "start_backend", lambda mesh: jax.device_count())
-    monkeypatch.setattr(run.report, "write", lambda workdir: workdir / "report.html")
+    monkeypatch.setattr(report, "write", lambda workdir: workdir / "report.html")
 
 
 def go(workdir, **stages):
