@@ -10,6 +10,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import positions as mask_positions
@@ -140,7 +141,21 @@ def _ropes(spec, positions_BT):
     if spec.positions == "learned":
         return (None,)
     kinds = spec.kinds if spec.local_rope_theta is not None else (False,)
-    return tuple(rope_table(spec, positions_BT, local=kind) for kind in kinds)
+
+    def tables(positions_BT):
+        return tuple(rope_table(spec, positions_BT, local=kind) for kind in kinds)
+
+    return jax.lax.platform_dependent(positions_BT, cpu=_apart(tables), default=tables)
+
+
+def _apart(make):
+    """A function whose results are made once: loops that read them would each take the sines anew, for every head."""
+
+    def call(x):
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(make)(x)
+
+    return call
 
 
 def init(spec: ModelSpec, key: Key) -> Params:
