@@ -167,14 +167,16 @@ def passing(rows: int) -> tuple[int, int]:
     return shards, chosen or max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
 
 
-def over_stages(f: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+def over_stages(f: Callable[..., Any], split: tuple[bool, ...], *, opaque: bool = False) -> Callable[..., Any]:
     """`f` run by each stage of the pipeline on its part; the other mesh axes are the compiler's as they were.
 
     Of arguments that are `split` a stage has its run of the leading axis, of others the whole; all that comes out is
-    put together along the leading axis.
+    put together along the leading axis. Whether stages differ in a value is checked, but where `f` is `opaque`: what
+    `on_shards` calls does not say so.
     """
     specs = tuple(PartitionSpec("pipeline") if one else PartitionSpec() for one in split)
-    return jax.shard_map(f, in_specs=specs, out_specs=PartitionSpec("pipeline"), axis_names={"pipeline"})
+    out = PartitionSpec("pipeline")
+    return jax.shard_map(f, in_specs=specs, out_specs=out, axis_names={"pipeline"}, check_vma=not opaque)
 
 
 def on_shards(f: Callable[..., jax.Array], *args: Any, axes: Sequence[tuple[str | None, ...]]) -> jax.Array:

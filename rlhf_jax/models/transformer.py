@@ -108,7 +108,7 @@ class Transformer(nn.Module):
             return carry[0], left
 
         layers = (self.get_variable("params", "layers"), *each)
-        x_BTD, left = through_stages(stage, layers, x_BTD, rows, stages=stages)
+        x_BTD, left = through_stages(stage, layers, x_BTD, rows, stages=stages, opaque=s.attention != "xla")
         if left and self.is_mutable_collection(ROUTER):
             self.put_variable(ROUTER, "layers", left[ROUTER])
         return x_BTD
@@ -191,13 +191,13 @@ def _whole_rows(spec, tokens, mask, segment_ids):
 
     Rows are padded where their parts would not be of one length.
     """
-    back = None
-    if spec.attention != "xla" and mask is not None:
-        tokens, mask, segment_ids, back = tokens_first(tokens, mask, segment_ids)
+    whole, back = mask is None, None
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     if short := -tokens.shape[1] % splits("length"):
         tokens, mask = (jnp.pad(x, ((0, 0), (0, short))) for x in (tokens, mask))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, short)))
+    if spec.attention != "xla" and not whole:
+        tokens, mask, segment_ids, back = tokens_first(tokens, mask, segment_ids)
     positions = mask_positions(mask)
     if spec.attention == "xla":
         attends = _attends(spec, mask, positions, mask, positions, offset=0)
