@@ -50,7 +50,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.interop.tokenizers import Tokenizer
-from rlhf_jax.models import lora
+from rlhf_jax.models import attention, lora
 from rlhf_jax.provenance import provenance, versions
 from rlhf_jax.records import read_json, say, set_aside, whole_json, write_json
 from rlhf_jax.sharding import MeshConfig
@@ -156,6 +156,7 @@ def check(experiment: Experiment, workdir: Path) -> None:
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
     mesh = sharding.make_mesh(experiment.mesh)
+    attention.check(experiment.model.spec, mesh.devices.flat[0].platform)
     sharding.shardings(mesh, boxed)
     for name, stage in experiment.stages.items():
         if isinstance(stage, OnPolicyConfig):

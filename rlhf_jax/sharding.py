@@ -34,6 +34,7 @@ RULES: Rules = {
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),
+    "kernel_heads": ("tensor", "sequence"),  # a kernel reads whole rows, of fewer heads where their length is split
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "expert": ("expert",),
@@ -45,6 +46,7 @@ _DECODING: Rules = {
     **RULES,
     **dict.fromkeys(("batch", "rows", "lookup"), ("data", "fsdp", "pipeline", "sequence")),
     **dict.fromkeys(("length", "layers"), ()),
+    "kernel_heads": ("tensor",),
 }
 DECODE_RULES: Mapping[Decode, Rules] = {
     "gathered": {**_DECODING, "embed": ()},
@@ -165,14 +167,40 @@ def passing(rows: int) -> tuple[int, int]:
     return shards, chosen or max(n for n in range(stages, 4 * stages + 1, stages) if rows // shards % n == 0)
 
 
-def over_stages(f: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+def over_stages(f: Callable[..., Any], split: tuple[bool, ...], *, opaque: bool = False) -> Callable[..., Any]:
     """`f` run by each stage of the pipeline on its part; the other mesh axes are the compiler's as they were.
 
     Of arguments that are `split` a stage has its run of the leading axis, of others the whole; all that comes out is
-    put together along the leading axis.
+    put together along the leading axis. Whether stages differ in a value is checked, but where `f` is `opaque`: what
+    `on_shards` calls does not say so.
     """
     specs = tuple(PartitionSpec("pipeline") if one else PartitionSpec() for one in split)
-    return jax.shard_map(f, in_specs=specs, out_specs=PartitionSpec("pipeline"), axis_names={"pipeline"})
+    out = PartitionSpec("pipeline")
+    return jax.shard_map(f, in_specs=specs, out_specs=out, axis_names={"pipeline"}, check_vma=not opaque)
+
+
+def on_shards(f: Callable[..., jax.Array], *args: Any, axes: Sequence[tuple[str | None, ...]]) -> jax.Array:
+    """`f` called by each device on its parts of the arguments, for what the compiler cannot divide.
+
+    `axes` has for each argument the names of the leading axes of its arrays. The result is laid out as the first
+    argument is. Outside `scope` it is `f` itself.
+    """
+    here = _SCOPE.get()
+    if here is None:
+        return f(*args)
+
+    def spec(x: jax.Array, names: tuple[str | None, ...]) -> PartitionSpec:
+        return here.spec(x.shape, (*names, *(None,) * (x.ndim - len(names))))
+
+    specs = tuple(jax.tree.map(lambda x, n=names: spec(x, n), arg) for arg, names in zip(args, axes, strict=True))
+    free = set(here.mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)  # inside a stage not its axis
+    return jax.shard_map(f, in_specs=specs, out_specs=specs[0], axis_names=free, check_vma=False)(*args)
+
+
+def platform() -> str:
+    """Of the devices that a program is traced for: "cpu", "gpu" or "tpu"."""
+    here = _SCOPE.get()
+    return jax.default_backend() if here is None else here.mesh.devices.flat[0].platform
 
 
 def unbox(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """TRPO's step: the natural gradient by conjugate gradients, as long as a divergence allows (Schulman et al. 2015)."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -95,6 +96,9 @@ def update(
 
     Besides what `natural_step` says: `policy_loss` before the step, `approx_kl`, KL(old‖new) after it.
     """
+    # A Hessian's products take forward derivatives, which kernels of attention do not have.
+    algorithm = copy.copy(algorithm)
+    algorithm.spec = dataclasses.replace(algorithm.spec, attention="xla")
     c, loss_fn = algorithm.config, algorithm.policy_loss()
     window = slice(c.prompt_length, None)
     everything = rollout, c.parts

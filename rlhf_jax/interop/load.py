@@ -20,7 +20,7 @@ from rlhf_jax.interop.pretrained import Bundled, Pretrained, Scratch
 from rlhf_jax.interop.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import lora as adaptation
 from rlhf_jax.models import quantized
-from rlhf_jax.models.spec import DType, Lora, ModelSpec, Remat
+from rlhf_jax.models.spec import Attention, DType, Lora, ModelSpec, Remat
 from rlhf_jax.types import Key, Params
 
 DTYPES = ("float32", "bfloat16")
@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 # What a model and its tokenizer are made of; nothing pickled, no code.
 _FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 # Fields of a ModelSpec that are not the model's own.
-_NUMERICS = ("dtype", "remat", "unroll", "lora")
+_NUMERICS = ("dtype", "attention", "remat", "unroll", "lora")
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -97,6 +97,9 @@ class FromPretrained:
     its optimiser's `master` type."""
     compute: DType = "float32"
     """Type of matrix products; norms, softmax, logits and losses stay in float32."""
+    attention: Attention = "xla"
+    """What computes attention over whole rows: xla, anywhere; cudnn, on NVIDIA GPUs; splash, on TPUs. See
+    `ModelSpec.attention`."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, whole blocks, or all but the matrix products."""
     unroll: int = 1
@@ -117,8 +120,15 @@ class FromPretrained:
                 raise UserError(f"model.load_balance: {self.path} has no experts; leave it None")
             spec = replace(spec, experts=replace(spec.experts, balance_coef=self.load_balance))
         try:
-            return replace(spec, dtype=self.compute, remat=self.remat, unroll=self.unroll, lora=self.lora)
-        except ValueError as error:  # adapters that this model has no place for
+            return replace(
+                spec,
+                dtype=self.compute,
+                attention=self.attention,
+                remat=self.remat,
+                unroll=self.unroll,
+                lora=self.lora,
+            )
+        except ValueError as error:  # adapters that this model has no place for, a kernel that cannot serve it
             raise UserError(f"{self.path}: {error}") from None
 
     @property

@@ -4,7 +4,17 @@ from rlhf_jax.models.decoding import decoding_policy
 from rlhf_jax.models.heads import init_with_head, read_head, score, scores_at, values
 from rlhf_jax.models.perturbed import Perturbed, Policy, policy_logits, transformer_of
 from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.models.transformer import Cache, extend, hidden, hidden_and_routing, init, init_cache, logits, unembed
+from rlhf_jax.models.transformer import (
+    Cache,
+    extend,
+    hidden,
+    hidden_and_routing,
+    init,
+    init_cache,
+    logits,
+    prefill,
+    unembed,
+)
 
 __all__ = [
     "Cache",
@@ -20,6 +30,7 @@ __all__ = [
     "init_with_head",
     "logits",
     "policy_logits",
+    "prefill",
     "read_head",
     "score",
     "scores_at",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from rlhf_jax.models.attention import Seen, attend, attend_cache
 from rlhf_jax.models.experts import Routing, mix_experts
 from rlhf_jax.models.quantized import Quantized, cast, multiply
 from rlhf_jax.models.rope import rotate
@@ -79,7 +80,10 @@ class Attention(nn.Module):
                 jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).astype(q_BTNH.dtype)
                 for cached in (keys, values)
             )
-            out_BTNH = attend_cache(s, q_BTNH, k_BKSH, v_BKSH, attend_BTS)
+            if isinstance(attend_BTS, Seen):  # these tokens are the cache's first
+                out_BTNH = attend(s, q_BTNH, k_BTKH, v_BTKH, attend_BTS)
+            else:
+                out_BTNH = attend_cache(s, q_BTNH, k_BKSH, v_BKSH, attend_BTS)
         shape, axes = (s.n_heads, s.head_dim, s.d_model), ("heads", None, "embed")
         out_init = nn.initializers.variance_scaling(
             1.0 / (2 * s.n_layers), "fan_in", "normal", in_axis=(0, 1), out_axis=2
@@ -233,32 +237,6 @@ def _adapter(module, name, rows, shape, axes, inputs):
     b = module.param(f"{name}_lora_b", b_init, (lora.rank, *shape[inputs:]), jnp.float32)
     inner = rows @ a.astype(rows.dtype).reshape(width, lora.rank)
     return (lora.alpha / lora.rank) * (inner @ b.astype(rows.dtype).reshape(lora.rank, -1))
-
-
-def attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):
-    """Softmax attention where `attend_BTS` allows it."""
-    if spec.attention_softcap is not None:  # dot_product_attention has no hook between scores and softmax
-        return attend_cache(spec, q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), attend_BTS)
-    mask = attend_BTS[:, None]  # one mask for all heads
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=_scale(spec))
-
-
-def attend_cache(spec, q_BTNH, k_BKSH, v_BKSH, attend_BTS):
-    """The same over keys and values that lie as a cache has them."""
-    b, t, n, h = q_BTNH.shape
-    groups = (b, spec.n_kv_heads, n // spec.n_kv_heads, t)  # G query heads read each head of keys
-    q = q_BTNH.swapaxes(1, 2).reshape(b, spec.n_kv_heads, -1, h)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k_BKSH, preferred_element_type=jnp.float32) * _scale(spec)
-    if spec.attention_softcap is not None:
-        scores = spec.attention_softcap * jnp.tanh(scores / spec.attention_softcap)
-    scores = jnp.where(attend_BTS[:, None, None], scores.reshape(*groups, -1), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(*q.shape[:3], -1), v_BKSH)
-    return out.reshape(b, n, t, h).swapaxes(1, 2)
-
-
-def _scale(spec):
-    return spec.head_dim**-0.5 if spec.query_scale is None else spec.query_scale
 
 
 def look_up(table: Array, rows: Array) -> Array:

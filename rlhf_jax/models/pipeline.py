@@ -21,13 +21,13 @@ Stage = Callable[[Any, Array, Any], tuple[Array, Any]]
 
 
 def through_stages(
-    stage: Stage, layers: Any, x: Float[Array, "B T D"], rows: Any, *, stages: int
+    stage: Stage, layers: Any, x: Float[Array, "B T D"], rows: Any, *, stages: int, opaque: bool = False
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Rows through all layers, and what these leave, [L, B, …].
 
     Every array of `layers` has a leading axis of layers, of which a stage has its run; every one of `rows` a leading
-    axis of rows. The rows come out split over the stages too, so that what follows is shared by them. Raises UserError
-    where rows do not divide into parts.
+    axis of rows. The rows come out split over the stages too, so that what follows is shared by them. An `opaque`
+    stage calls `sharding.on_shards`. Raises UserError where rows do not divide into parts.
     """
     shards, microbatches = sharding.passing(x.shape[0])
 
@@ -41,7 +41,8 @@ def through_stages(
         split = parts.reshape(microbatches, shards, -1, *parts.shape[2:])
         return split.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
-    passed = sharding.over_stages(partial(_pass, stage, stages, x.dtype), split=(True, False, False))
+    f = partial(_pass, stage, stages, x.dtype)
+    passed = sharding.over_stages(f, split=(True, False, False), opaque=opaque)
     # Sums over stages, of which all but one add zeros, are in float32: XLA's CPU compiler fails on bfloat16 there.
     out, left = passed(layers, parted(x.astype(jnp.float32)), jax.tree.map(parted, rows))
     out = sharding.constrain(whole(out).astype(x.dtype), "rows", "length", None)

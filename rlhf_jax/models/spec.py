@@ -7,6 +7,7 @@ from rlhf_jax.numerics import require
 
 Remat = Literal["none", "full", "dots"]
 DType = Literal["float32", "bfloat16"]
+Attention = Literal["xla", "cudnn", "splash"]
 Base = Literal["float32", "bfloat16", "int8", "nf4"]
 
 
@@ -168,6 +169,11 @@ class ModelSpec:
     """Adapters, which alone are trained, over frozen weights; none: all weights are trained."""
     dtype: DType = "float32"
     """Compute type of matrix products; norms, softmax, logits and losses stay in float32."""
+    attention: Attention = "xla"
+    """What computes attention over whole rows: those that are learnt from or scored, and prompts. xla: products and a
+    softmax over all scores of a row, anywhere. cudnn, splash: kernels that hold a block of scores at a time. cudnn is
+    NVIDIA's, for bfloat16 and heads of a multiple of 8 entries up to 256 (128 on GPUs before Hopper), without soft cap.
+    splash is JAX's own for TPUs. Decoding reads its cache by plain products with any of them."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, whole blocks, or all but the matrix products."""
     unroll: int = 1
@@ -198,6 +204,26 @@ class ModelSpec:
         if self.local_layers is not None and (self.window is None or len(self.local_layers) != self.n_layers):
             raise ValueError(
                 f"model.spec.local_layers must have an entry for each of the {self.n_layers} layers, and a window"
+            )
+
+        if self.attention == "cudnn":
+            self._require_cudnn()
+
+    def _require_cudnn(self) -> None:
+        if self.attention_softcap is not None:
+            raise ValueError(
+                f"model.spec.attention='cudnn' has no attention_softcap, and it is {self.attention_softcap}: "
+                "'splash', on TPUs, or 'xla' has"
+            )
+        if self.dtype != "bfloat16":
+            raise ValueError(
+                "model.spec.attention='cudnn' takes dtype='bfloat16', which FromPretrained calls compute, "
+                f"got {self.dtype!r}; 'xla' takes it"
+            )
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ValueError(
+                "model.spec.attention='cudnn' takes a head_dim that is a multiple of 8 up to 256, "
+                f"got {self.head_dim}; 'xla' takes it"
             )
 
     @property

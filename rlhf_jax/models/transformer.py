@@ -14,6 +14,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import positions as mask_positions
+from rlhf_jax.models.attention import Seen, placed, tokens_first
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.models.layers import ROUTER, Block, Norm, flat, look_up, named
 from rlhf_jax.models.pipeline import through_stages
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
             return carry[0], left
 
         layers = (self.get_variable("params", "layers"), *each)
-        x_BTD, left = through_stages(stage, layers, x_BTD, rows, stages=stages)
+        x_BTD, left = through_stages(stage, layers, x_BTD, rows, stages=stages, opaque=s.attention != "xla")
         if left and self.is_mutable_collection(ROUTER):
             self.put_variable(ROUTER, "layers", left[ROUTER])
         return x_BTD
@@ -178,7 +179,8 @@ def hidden(
     `mask` is False on padding, wherever that is: positions count kept tokens only, so left padding, right padding and
     packing give the same states. `segment_ids` (0 is padding) packs several texts into a row; none sees another.
     """
-    return _apply(spec, params, *_whole_rows(spec, tokens, mask, segment_ids))[0][:, : tokens.shape[1]]
+    inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
+    return placed(_apply(spec, params, *inputs)[0], back)[:, : tokens.shape[1]]
 
 
 def hidden_and_routing(
@@ -190,28 +192,44 @@ def hidden_and_routing(
     segment_ids: Int[ArrayLike, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
     """`hidden`, and what the routers did in every layer, for `experts.with_load_balance`; None without experts."""
-    inputs = _whole_rows(spec, tokens, mask, segment_ids)
     if spec.experts is None:
-        return _apply(spec, params, *inputs)[0][:, : tokens.shape[1]], None
+        return hidden(spec, params, tokens, mask, segment_ids=segment_ids), None
+    inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
     (states, _), left = _apply(spec, params, *inputs, mutable=[ROUTER])
     (routing,) = left[ROUTER]["layers"]["mlp"]["routing"]
-    return jax.tree.map(lambda x: x[..., : tokens.shape[1], :], (states, routing))
+    routing = jax.tree.map(jax.vmap(lambda x: placed(x, back)), routing)  # of each layer
+    return jax.tree.map(lambda x: x[..., : tokens.shape[1], :], (placed(states, back), routing))
 
 
 def _whole_rows(spec, tokens, mask, segment_ids):
-    """What the transformer reads of rows without a cache: padded where their parts would not be of one length."""
+    """What the transformer reads of rows without a cache, and the way back of `attention.tokens_first`.
+
+    Rows are padded where their parts would not be of one length.
+    """
+    whole, back = mask is None, None
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     if short := -tokens.shape[1] % splits("length"):
         tokens, mask = (jnp.pad(x, ((0, 0), (0, short))) for x in (tokens, mask))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, short)))
+    if spec.attention != "xla" and not whole:
+        tokens, mask, segment_ids, back = tokens_first(tokens, mask, segment_ids)
     positions = mask_positions(mask)
-    attends = _attends(spec, mask, positions, mask, positions, offset=0)
+    if spec.attention == "xla":
+        attends = _attends(spec, mask, positions, mask, positions, offset=0)
+        if segment_ids is not None:
+            same = segment_ids[:, :, None] == segment_ids[:, None, :]
+            attends = tuple(attend & same for attend in attends)
+        attends = tuple(constrain(attend, "batch", "length", None) for attend in attends)
+    else:
+        attends = _seen(spec, tokens, segment_ids)
     if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        attends = tuple(attend & same for attend in attends)
         positions = _positions_in_segments(segment_ids, positions)
-    attends = tuple(constrain(attend, "batch", "length", None) for attend in attends)
-    return tokens, positions, attends
+    return (tokens, positions, attends), back
+
+
+def _seen(spec, tokens, segment_ids):
+    """The same for a kernel, one a kind of layer that there is."""
+    return tuple(Seen(jnp.full(tokens.shape[:1], kind), segment_ids) for kind in spec.kinds)
 
 
 def unembed(spec: ModelSpec, params: Params, hidden_states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -260,6 +278,26 @@ def extend(
     )
     attends = _attends(spec, mask, positions, cache.mask, cache.positions, offset=cache.length)
     return _apply(spec, params, tokens, positions, attends, cache)
+
+
+def prefill(
+    spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], cache: Cache
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """`extend` of an empty cache, by the kernel of `spec.attention`: what is read sees itself alone.
+
+    With a kernel each row's slots have its tokens first and its pads last, whatever order they came in.
+    """
+    if spec.attention == "xla":
+        return extend(spec, params, tokens, mask, cache)
+    tokens, mask, _, back = tokens_first(tokens, mask)
+    positions = mask_positions(mask)
+    cache = dataclasses.replace(
+        cache,
+        positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0)),
+        mask=jax.lax.dynamic_update_slice(cache.mask, mask, (0, 0)),
+    )
+    states, cache = _apply(spec, params, tokens, positions, _seen(spec, tokens, None), cache)
+    return placed(states, back), cache
 
 
 def _apply(spec, params, *inputs, mutable: Any = False) -> Any:

@@ -48,6 +48,8 @@ def _turns(eqn: core.JaxprEqn, decode_steps: int) -> int:
         return eqn.params["length"]
     if eqn.primitive.name == "shard_map":  # its body is one device's
         return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+    if eqn.primitive.name == "pallas_call":  # its body is one block's; those that it skips count, as they do elsewhere
+        return math.prod(eqn.params["grid_mapping"].grid)
     if eqn.primitive.name == "while":
         products = any(_count(inner, 1, "").total() for inner in _jaxprs(eqn.params.values()))
         if products and not decode_steps:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rlhf_jax import sharding
 from rlhf_jax.config import Experiment, validate
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import attention
 from rlhf_jax.plan import programs
 from rlhf_jax.plan.estimate import EFFORT, Estimate, estimate
 from rlhf_jax.plan.topology import Topology, find
@@ -51,12 +52,13 @@ def plan(
     """Compile an experiment's programs, or one stage's, for a pod that is not there; nothing is run, read or fetched.
 
     `say` is told which program is being compiled. Raises UserError for a topology that there is not, a mesh that does
-    not fit its devices, and a model that does not divide over the mesh.
+    not fit its devices, and a model that does not divide over the mesh or whose attention is no kernel of TPUs.
     """
     wanted = stages_of(experiment, stage)
     pod = find(topology, num_slices=num_slices)
     validate(experiment, len(pod.devices))
     mesh = sharding.make_mesh(experiment.mesh, pod.devices)
+    attention.check(experiment.model.spec, "tpu")
     once = programs.programs(experiment, mesh, spec=programs.without_remat(experiment.model.spec))
     options = {"exec_time_optimization_effort": EFFORT}
     estimates = []

@@ -387,5 +387,5 @@ def _leaf_bytes(leaf: Any) -> int:
 
 
 def without_remat(spec: ModelSpec) -> ModelSpec:
-    """The same model, whose backward pass computes nothing again."""
-    return dataclasses.replace(spec, remat="none")
+    """The same model, whose backward pass computes nothing again: blocks, nor a kernel's scores of attention."""
+    return dataclasses.replace(spec, remat="none", attention="xla")

@@ -35,7 +35,7 @@ def prefill(spec: ModelSpec, params: Params, tokens: Int[Array, "u p"], mask: Bo
     with decoding(prompts=True):
         tokens, mask = (constrain(jnp.asarray(x), "batch", None) for x in (tokens, mask))
         cache = constrained(models.init_cache(spec, *tokens.shape))
-        states, cache = models.extend(spec, params, tokens, mask, cache)
+        states, cache = models.prefill(spec, params, tokens, mask, cache)
     return Prefilled(tokens, mask, states[:, -1], cache)
 
 

@@ -13,7 +13,8 @@ from rlhf_jax import losses, models, sharding
 from rlhf_jax.logprobs import entropy, next_token_logps
 from rlhf_jax.masking import token_mean
 from rlhf_jax.models import ModelSpec
-from rlhf_jax.models.layers import attend, look_up
+from rlhf_jax.models.attention import attend
+from rlhf_jax.models.layers import look_up
 from rlhf_jax.models.spec import Experts
 from rlhf_jax.sampling import Sampling, generate
 

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax import models, sharding
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.models.attention import Seen, attend
 from rlhf_jax.plan import flops
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 5))
@@ -44,6 +45,16 @@ def test_loops_times_their_turns():
 
     assert total(lambda x: jax.lax.scan(body, x, None, length=7)[0], A) == 28 * ONE
     assert total(lambda x: jax.lax.fori_loop(0, 6, lambda i, y: y @ B, x), A) == 6 * ONE
+
+
+def test_a_kernel_of_attention_counts_its_blocks_and_what_it_computes_again():
+    """Two products forwards as plainly; backwards, in two kernels, seven for the four of plain ones."""
+    spec = ModelSpec(n_heads=2, n_kv_heads=1, head_dim=64, attention="splash")
+    q, k = jnp.ones((3, 1024, 2, 64)), jnp.ones((3, 1024, 1, 64))
+    product, seen = 2 * 3 * 2 * 1024 * 1024 * 64, Seen(jnp.zeros(3, bool), None)
+    assert total(lambda q, k, v: attend(spec, q, k, v, seen), q, k, k) == 2 * product
+    backwards = total(jax.grad(lambda q, k, v: attend(spec, q, k, v, seen).sum(), argnums=(0, 1, 2)), q, k, k)
+    assert backwards == pytest.approx(9 * product, rel=0.01)  # and the sums of outputs times their gradients
 
 
 def test_a_loop_without_a_fixed_end_has_decode_steps():

@@ -98,6 +98,7 @@ def _canonical(spec: ModelSpec) -> ModelSpec:
         query_scale=None if spec.query_scale == spec.head_dim**-0.5 else spec.query_scale,
         experts=None if spec.experts is None else replace(spec.experts, balance_coef=0.0),
         dtype="float32",
+        attention="xla",
         remat="none",
         unroll=1,
     )
