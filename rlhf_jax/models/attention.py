@@ -21,7 +21,7 @@ PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 LANES = 128
 """Entries of a TPU's vector registers, of which splash's blocks are multiples."""
 BLOCK = 512
-"""The longest of these blocks, in tokens: larger ones no longer lie in a core's own memory with heads of 256."""
+"""The longest of these blocks, in tokens: 1,024 compile too, and which is faster no TPU has said."""
 
 
 class Seen(flax.struct.PyTreeNode):
