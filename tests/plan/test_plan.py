@@ -127,6 +127,22 @@ def test_a_plan(planned):
 
 
 @needs_libtpu
+def test_splash_holds_no_scores_of_whole_rows_and_its_flops_are_counted():
+    spec = dataclasses.replace(SPEC, max_len=2048)
+    by = {}
+    for kernel in ("xla", "splash"):
+        whole = experiment(spec, row_length=2048)
+        model = dataclasses.replace(whole.model, attention=kernel)
+        (by[kernel],) = plan(dataclasses.replace(whole, model=model), "v5e:2x2").estimates
+    scores = 2 * 2 * 2048**2 * 2  # of a device's rows and heads, in bfloat16
+    assert by["xla"].memory.peak - by["splash"].memory.peak > scores
+    assert by["splash"].useful == by["xla"].useful
+    # A block's backward pass: its forward one again, and in the kernels seven products for four.
+    products = 3 * 2 * 8 * 2 * 2048**2 * 128
+    assert by["splash"].flops.total() - by["xla"].flops.total() == pytest.approx(3 * products, rel=0.02)
+
+
+@needs_libtpu
 def test_what_it_prints(planned):
     printed = "\n".join(show.lines(planned))
     for word in ("4 chips, 4 devices as data 2 × fsdp 2", "sft.train, 10 times", "counted", "compiler", "model", "MFU"):
