@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from rlhf_jax.models import kv_cache
 from rlhf_jax.models.experts import Routing, mix_experts
 from rlhf_jax.models.quantized import Quantized, cast, multiply
 from rlhf_jax.models.rope import rotate
@@ -70,15 +71,11 @@ class Attention(nn.Module):
         if keys is None:
             out_BTNH = attend(s, q_BTNH, k_BTKH, v_BTKH, attend_BTS)
         else:
-            at = (layer, 0, 0, start, 0)
             keys, values = (
-                jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2)[None].astype(cached.dtype), at)
+                kv_cache.written(cached, new.swapaxes(1, 2), layer, start)
                 for cached, new in ((keys, k_BTKH), (values, v_BTKH))
             )
-            k_BKSH, v_BKSH = (
-                jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).astype(q_BTNH.dtype)
-                for cached in (keys, values)
-            )
+            k_BKSH, v_BKSH = (kv_cache.of_layer(cached, layer) for cached in (keys, values))
             out_BTNH = attend_cache(s, q_BTNH, k_BKSH, v_BKSH, attend_BTS)
         shape, axes = (s.n_heads, s.head_dim, s.d_model), ("heads", None, "embed")
         out_init = nn.initializers.variance_scaling(
@@ -244,16 +241,19 @@ def attend(spec, q_BTNH, k_BSKH, v_BSKH, attend_BTS):
 
 
 def attend_cache(spec, q_BTNH, k_BKSH, v_BKSH, attend_BTS):
-    """The same over keys and values that lie as a cache has them."""
+    """The same over keys and values that lie as a cache has them (`kv_cache.Entries` of a layer)."""
     b, t, n, h = q_BTNH.shape
+    (k_BKSH, k_scale), (v_BKSH, v_scale) = (kv_cache.opened(x, q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
     groups = (b, spec.n_kv_heads, n // spec.n_kv_heads, t)  # G query heads read each head of keys
     q = q_BTNH.swapaxes(1, 2).reshape(b, spec.n_kv_heads, -1, h)
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k_BKSH, preferred_element_type=jnp.float32) * _scale(spec)
+    scores = scores if k_scale is None else scores * k_scale
     if spec.attention_softcap is not None:
         scores = spec.attention_softcap * jnp.tanh(scores / spec.attention_softcap)
     scores = jnp.where(attend_BTS[:, None, None], scores.reshape(*groups, -1), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(*q.shape[:3], -1), v_BKSH)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:3], -1)
+    weights = weights if v_scale is None else weights * v_scale
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v_BKSH.dtype), v_BKSH)
     return out.reshape(b, n, t, h).swapaxes(1, 2)
 
 
