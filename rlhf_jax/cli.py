@@ -45,6 +45,8 @@ class SampleArgs:
     """Keeps the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keeps the fewest most probable tokens whose probabilities reach p; 1 keeps all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, which they are then a part of."""
     seed: int = 0
     """Seed of the draws."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -262,7 +264,7 @@ def _sample(args: list[str]) -> None:
     from rlhf_jax.sampling import Sampling
 
     try:
-        sampling = Sampling(a.temperature, a.top_k, a.top_p)
+        sampling = Sampling(a.temperature, a.top_k, a.top_p, stop=a.stop)
     except ValueError as error:
         raise UserError(str(error).replace("sampling.", "--")) from None
     with contextlib.redirect_stdout(sys.stderr):

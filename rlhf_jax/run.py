@@ -1,6 +1,7 @@
 """Running an experiment: its stages in order, in a workdir that any later session goes on from."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import math
@@ -53,6 +54,7 @@ from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import attention, lora
 from rlhf_jax.provenance import provenance, versions
 from rlhf_jax.records import read_json, say, set_aside, whole_json, write_json
+from rlhf_jax.sampling import Sampling, stops
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Params
 
@@ -257,6 +259,18 @@ def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer | None) -> None
             stage.check_tokenizer(tokenizer)
         except UserError as error:
             raise UserError(f"stages.{name}.{error}") from None
+        for path, sampling in _samplings(stage).items():
+            try:
+                stops(sampling.stop, tokenizer)
+            except UserError as error:
+                raise UserError(f"stages.{name}.{path}{str(error).removeprefix('sampling')}") from None
+
+
+def _samplings(stage: Any) -> dict[str, Sampling]:
+    """How a stage draws, by field; that of the pairs that it has judged, too."""
+    parts = {name: vars(value) for name, value in vars(stage).items() if dataclasses.is_dataclass(value)}
+    inner = {f"{name}.{part}": value for name, own in parts.items() for part, value in own.items()}
+    return {name: value for name, value in (vars(stage) | inner).items() if isinstance(value, Sampling)}
 
 
 def _summary(workdir: Path, *, draws: bool) -> dict[str, Any]:

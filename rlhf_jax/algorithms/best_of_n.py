@@ -69,7 +69,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     groups = sampled(config, context, name, [*prompts.heldout, *(prompts.train[int(i)] for i in order)])
     heldout, others = groups[: len(prompts.heldout)], groups[len(prompts.heldout) :]
     rows = kept(config, others, name)
-    read = readings(heldout, context.tokenizer.eos_id, onpolicy.judges(config, context))
+    read = readings(heldout, onpolicy.judges(config, context))
     points = curve(read)
     first = [own[0] for own in read]
     best = [max(own, key=lambda row: row.readings["score"]) for own in read]
@@ -112,7 +112,7 @@ def sampled(config: Config, context: Context, name: str, prompts: Sequence[Promp
 
 
 def _row(prompt: PromptRow, row: Row) -> dict[str, Any]:
-    ids = {"prompt_tokens": list(prompt.tokens), "completion_tokens": list(row.tokens)}
+    ids = {"prompt_tokens": list(prompt.tokens), "completion_tokens": list(row.tokens), "ended": row.ended}
     return {"prompt": row.prompt, "completion": row.completion, "score": row.readings["score"], **ids}
 
 
@@ -138,7 +138,7 @@ def selected(scores: Float[np.ndarray, "p n"], *, keep: int, threshold: float | 
     return (places < keep) & (scores >= (-np.inf if threshold is None else threshold))
 
 
-def readings(groups: Sequence[made_rows.Rows], eos_id: int, judges: Mapping[str, Judge]) -> list[list[Row]]:
+def readings(groups: Sequence[made_rows.Rows], judges: Mapping[str, Judge]) -> list[list[Row]]:
     """The completions with their scores and what the judges say of them."""
     found = []
     for own in groups:
@@ -147,7 +147,7 @@ def readings(groups: Sequence[made_rows.Rows], eos_id: int, judges: Mapping[str,
         for i, row in enumerate(own):
             numbers = {"score": row["score"], **{name: float(values[i]) for name, values in said.items()}}
             ids = tuple(row["completion_tokens"])
-            found[-1].append(Row(row["prompt"], row["completion"], ids, eos_id in ids, numbers))
+            found[-1].append(Row(row["prompt"], row["completion"], ids, row["ended"], numbers))
     return found
 
 

@@ -28,7 +28,7 @@ from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.models.experts import Routing, with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
-from rlhf_jax.sampling import ended
+from rlhf_jax.sampling import ended, stops
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.train_step import Step, compiled, make_train_step
 from rlhf_jax.types import Hyper, Key, Mean, Metrics, Params, Rollout, TrainState
@@ -168,9 +168,14 @@ def fit(
     """The steps from the newest checkpoint on; returns the last state, its parameters written."""
     mesh, tokenizer = context.mesh, context.tokenizer
     state, step_fn = start(config, context, name)
-    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     write = sampling_program(
-        context.spec, max_new_tokens=config.completion_tokens, sampling=config.sampling, turns=config.turns, **ends
+        context.spec,
+        max_new_tokens=config.completion_tokens,
+        sampling=config.sampling,
+        turns=config.turns,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        stops=stops(config.sampling.stop, tokenizer),
     )
     batches, share = prompt_batches(rows, config, context), config.optimizer.share(config.steps)
     with (

@@ -34,6 +34,7 @@ from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
+from rlhf_jax.sampling import Stops
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -92,6 +93,10 @@ class Config(PolicyGradientConfig):
             ),
             (with_bonus and k > 2, f"group_size={k}: second='reference' and optimism are of pairs: group_size=2"),
             (
+                self.second == "reference" and self.old_logps == "sampled",
+                "old_logps='sampled' are the writer's: with second='reference' they must be 'recomputed'",
+            ),
+            (
                 self.second == "reference" and self.placement != Colocated(),
                 "second='reference' needs placement=Colocated() without offload",
             ),
@@ -141,9 +146,16 @@ class Algorithm(CriticFree):
     reported = (*CriticFree.reported, "accuracy", "margin", "chosen_reward", "rejected_reward")
 
     def __init__(
-        self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+        self,
+        config: Config,
+        spec: ModelSpec,
+        *,
+        eos_id: int,
+        pad_id: int,
+        cut_ids: tuple[int, ...] = (),
+        stops: Stops | None = None,
     ) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
+        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids, stops=stops)
         self.together = config.group_size
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:

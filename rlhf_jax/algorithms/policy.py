@@ -36,7 +36,7 @@ from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties
-from rlhf_jax.sampling import ended
+from rlhf_jax.sampling import Stops, ended
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout
 
 Baseline = Literal["none", "batch", "group", "leave_one_out", "greedy"]
@@ -75,7 +75,7 @@ class Config(PolicyGradientConfig):
     overlong: OverlongPenalty | None = None
     """What the last tokens before the limit cost."""
     learn_unfinished: bool = True
-    """Whether completions without EOS are learnt from (False: overlong filtering, Yu et al. 2025)."""
+    """Whether completions that did not end are learnt from (False: overlong filtering, Yu et al. 2025)."""
     trust_region: TrustRegion | None = None
     """TRPO's natural-gradient step in place of the optimiser's, one an iteration."""
     kl: FixedKL | AdaptiveKL = field(default_factory=lambda: FixedKL(0.04))
@@ -221,9 +221,16 @@ class Algorithm(CriticFree):
     """The methods' steps as functions of (state, frozen, prompts)."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+        self,
+        config: Config,
+        spec: ModelSpec,
+        *,
+        eos_id: int,
+        pad_id: int,
+        cut_ids: tuple[int, ...] = (),
+        stops: Stops | None = None,
     ) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
+        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids, stops=stops)
         self.together = 2 if config.loss == "p3o" else 1
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:

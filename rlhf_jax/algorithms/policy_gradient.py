@@ -4,6 +4,7 @@ Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabular
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import kl, masking, models
-from rlhf_jax.algorithms import consolidation, iterations, pretraining_mix, truncation
+from rlhf_jax import masking, models
+from rlhf_jax.algorithms import consolidation, iterations, pretraining_mix, scoring, truncation
 from rlhf_jax.algorithms import packing as packed
 from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context, check_field, check_positive
@@ -22,24 +23,24 @@ from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.algorithms.packing import Packing, Reading
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
-from rlhf_jax.algorithms.rollouts import loss_mask, old_logps, row_mean
+from rlhf_jax.algorithms.rollouts import loss_mask, minibatch_rows, old_logps, row_mean
+from rlhf_jax.algorithms.scoring import Compared
 from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.kl import AdaptiveKL, FixedKL
-from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
+from rlhf_jax.logprobs import ratio_deviation, token_logps
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.models.heads import HEAD
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
-from rlhf_jax.sampling import ended, generate
+from rlhf_jax.sampling import Stops, ended, generate
 from rlhf_jax.train_step import Parts, Step, in_parts, keep_if, make_train_step
 from rlhf_jax.types import Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
-HEAD = "head"
-"""Of a policy's parameters, the value head on its trunk, where it has one."""
 _TEXTS = 2**31 - 2  # of a step's keys: no microbatch has this index
 
 
@@ -87,8 +88,10 @@ class PolicyGradientConfig(OnPolicyConfig):
             )
         if isinstance(self.kl, AdaptiveKL) and self.batch_size >= 5 * self.kl.horizon:
             raise ValueError(f"kl.horizon={self.kl.horizon} must be over a fifth of batch_size={self.batch_size}")
-        if self.exact_kl_rows > self.batch_size:
-            raise ValueError(f"exact_kl_rows={self.exact_kl_rows} must be at most batch_size={self.batch_size}")
+        sampled, rows = self.old_logps == "sampled", self.exact_kl_rows
+        if rows * (1 + sampled) > self.batch_size:
+            most = "half of batch_size={}, or old_logps='sampled' saves nothing" if sampled else "batch_size={}"
+            raise ValueError(f"exact_kl_rows={rows} must be at most {most.format(self.batch_size)}")
         for name, interval in (
             ("gamma", "[0, 1]"),
             ("entropy_coef", "[0, inf)"),
@@ -129,10 +132,15 @@ class PolicyGradientConfig(OnPolicyConfig):
 
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a minibatch."""
-        return {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts} | {
-            **self.judge_rows,
-            **self.turn_rows,
-        }
+        microbatch = {"batch_size / (minibatches × num_microbatches)": self.batch_size // self.parts}
+        again = {"exact_kl_rows (a part of them)": self.exact_kl_rows // self.parts_read_again}
+        return microbatch | self.judge_rows | self.turn_rows | (again if self.old_logps == "sampled" else {})
+
+    @property
+    def parts_read_again(self) -> int:
+        """How many parts of `exact_kl_rows` are read one after another, none of more rows than one of a batch."""
+        least = math.ceil(self.exact_kl_rows * self.parts / self.batch_size)
+        return next(n for n in range(least, self.exact_kl_rows + 1) if self.exact_kl_rows % n == 0)
 
     @property
     def updates(self) -> int:
@@ -144,10 +152,18 @@ class PolicyGradient(ABC):
     """An iteration but for what is learnt from a scored rollout; the config fixes shapes and choices."""
 
     def __init__(
-        self, config: Any, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+        self,
+        config: Any,
+        spec: ModelSpec,
+        *,
+        eos_id: int,
+        pad_id: int,
+        cut_ids: tuple[int, ...] = (),
+        stops: Stops | None = None,
     ) -> None:
-        """`cut_ids` are the tokens of `config.truncate`."""
-        self.config, self.spec, self.eos_id, self.pad_id, self.cut_ids = config, spec, eos_id, pad_id, cut_ids
+        """`cut_ids` are the tokens of `config.truncate`, `stops` the strings of `config.sampling` in tokens."""
+        self.config, self.spec, self.eos_id, self.pad_id = config, spec, eos_id, pad_id
+        self.cut_ids, self.stops = cut_ids, stops
         self.policy_optimizer = config.optimizer.make(config.updates)
 
     @abstractmethod
@@ -226,6 +242,8 @@ class PolicyGradient(ABC):
             greedy=greedy,
             copies=self.config.copies if copies is None else copies,
             turns=self.config.turns,
+            stops=self.stops,
+            values=self.config.old_logps == "sampled" and HEAD in behaviour.params,
         )
         rollout = rollout.replace(written_at=jnp.full(len(prompts.tokens), behaviour.step))
         return rollout if self.config.truncate is None else self.cut(rollout)
@@ -238,42 +256,38 @@ class PolicyGradient(ABC):
         """Scores, where the reward is a network, log-probs and reference log-probs, and what compares the two policies.
 
         `own` are the parameters of the policy that wrote the rollout; where it has a head, values are read beside its
-        log-probs. These are read again without a cache, as training reads them; `sampling_deviation` says how far the
-        sampler's own were from them.
+        log-probs. With `old_logps` "sampled" both are the sampler's, and only the first rows are read again, without a
+        cache, as training reads them; `sampling_deviation` says how far the sampler's log-probs were from these.
         """
-        c = self.config
+        c, recomputed = self.config, self.config.old_logps == "recomputed"
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
 
-        def part(rows: Rollout) -> tuple[Any, ...]:
-            window, temperature = slice(c.prompt_length, None), c.sampling.temperature
-            mask = rows.completion_mask[:, window]
+        def compared(rows: Rollout, ref_logits: Array) -> Compared:
+            mask = rows.completion_mask[:, c.prompt_length :]
             logits, values = self.logits_and_values(policy, rows)
-            ref_logits = self.completion_logits(reference, rows)
-            return (
-                values,
-                *(self.kept_logps(x, rows) for x in (logits, ref_logits)),
-                masking.keep(entropy(logits, temperature=temperature), mask),
-                masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask),
-                self.readings(reward, frozen, rows),
-            )
+            read = self.kept_logps(logits, rows), logits, values, ref_logits, mask
+            return scoring.compared(*read, temperature=c.sampling.temperature)
 
-        values, logps, ref_logps, entropies, exact, readings = in_parts(part, rollout, c.parts)
+        def part(rows: Rollout) -> tuple[Any, ...]:
+            ref_logits = self.completion_logits(reference, rows)
+            again = compared(rows, ref_logits) if recomputed else None
+            return again, self.kept_logps(ref_logits, rows), self.readings(reward, frozen, rows)
+
+        read, ref_logps, readings = in_parts(part, rollout, c.parts)
+        if read is None:
+            some = jax.tree.map(lambda x: x[: c.exact_kl_rows], rollout)
+            read = in_parts(
+                lambda rows: compared(rows, self.completion_logits(reference, rows)), some, c.parts_read_again
+            )
         sampled_logps, scores = rollout.logps, readings.pop("score")
-        rollout = rollout.replace(logps=self.padded(logps), ref_logps=self.padded(ref_logps), scores=scores)
-        rollout = self.with_own_values(rollout, values)
-        mask = loss_mask(rollout)
-        k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
-        kept = mask[:, c.prompt_length :]
+        if recomputed:
+            rollout = self.with_own_values(rollout.replace(logps=self.padded(read.logps)), read.values)
+        rollout = rollout.replace(ref_logps=self.padded(ref_logps), scores=scores)
+        has_ended = ended(rollout, self.eos_id)
         metrics = {
             "score": row_mean(scores, rollout.used),
             **{name: row_mean(reading, rollout.used) for name, reading in readings.items()},  # an ensemble's spread
-            "kl": masking.masked_mean(k1, mask),
-            "seq_kl": row_mean(k1.sum(-1), rollout.used),
-            "seq_kl_exact": row_mean(exact.sum(-1), rollout.used, rows=c.exact_kl_rows),
-            "entropy": masking.masked_mean(entropies, kept),
-            "sampling_deviation": ratio_deviation(rollout.logps, sampled_logps),
-            "length": row_mean(mask.sum(-1, dtype=jnp.float32), rollout.used),
-            "no_eos": row_mean((~ended(rollout, self.eos_id)).astype(jnp.float32), rollout.used),
+            **scoring.metrics(rollout, sampled_logps, read, has_ended, exact_kl_rows=c.exact_kl_rows),
         }
         return rollout, metrics
 
@@ -300,23 +314,12 @@ class PolicyGradient(ABC):
 
         logps, values = in_parts(part, rollout, c.parts)
         rollout = self.with_own_values(rollout.replace(old_logps=self.padded(logps)), values)
-        mask = loss_mask(rollout)
-        cut = jnp.exp(rollout.old_logps - rollout.logps) > bound
-        return rollout, {
-            "staleness": row_mean((state.policy.step - rollout.written_at).astype(jnp.float32), rollout.used),
-            "stale_kl": masking.masked_mean(kl.k3(rollout.logps, rollout.old_logps), mask),
-            "weights_cut": masking.masked_mean(cut.astype(jnp.float32), mask),
-        }
+        return rollout, scoring.stale_metrics(rollout, state.policy.step, bound)
 
     def minibatch_rows(self, key: Key, *, together: int = 1) -> Int[Array, "s m"]:
-        """Rows of each of the epochs × minibatches steps, an epoch's in random order; runs of `together` stay so."""
+        """Of an update's steps, in random order; runs of `together` rows stay so."""
         c = self.config
-        units = c.batch_size // together
-        orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), units))
-        order = orders(jnp.arange(c.epochs)).reshape(c.epochs * c.minibatches, -1)
-        if together == 1:
-            return order
-        return (order[..., None] * together + jnp.arange(together)).reshape(len(order), -1)
+        return minibatch_rows(key, rows=c.batch_size, epochs=c.epochs, minibatches=c.minibatches, together=together)
 
     def deviation(self, policy: TrainState, frozen: Frozen, first: Rollout) -> Float[Array, ""]:
         """How far the ratio is from 1 before the first update: on the rows of the first minibatch."""

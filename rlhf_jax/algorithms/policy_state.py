@@ -7,9 +7,9 @@ import jax
 
 from rlhf_jax import kl, models
 from rlhf_jax.algorithms.context import Context
-from rlhf_jax.algorithms.policy_gradient import HEAD, PolicyGradient
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.models import lora
-from rlhf_jax.models.heads import box
+from rlhf_jax.models.heads import HEAD, box
 from rlhf_jax.train_step import sharded_state
 from rlhf_jax.types import Params, TrainState
 

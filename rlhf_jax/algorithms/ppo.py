@@ -33,6 +33,7 @@ from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Disaggregated, Idle
+from rlhf_jax.sampling import Stops
 from rlhf_jax.train_step import in_parts, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
@@ -108,9 +109,16 @@ class Algorithm(PolicyGradient):
     """PPO's steps as functions of (state, frozen, prompts)."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, *, eos_id: int, pad_id: int, cut_ids: tuple[int, ...] = ()
+        self,
+        config: Config,
+        spec: ModelSpec,
+        *,
+        eos_id: int,
+        pad_id: int,
+        cut_ids: tuple[int, ...] = (),
+        stops: Stops | None = None,
     ) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids)
+        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids, stops=stops)
         self.critic_optimizer = config.critic_optimizer.make(config.updates)
         self.critic_step = make_train_step(
             self.critic_loss(),

@@ -22,7 +22,7 @@ from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.host import Texts
 from rlhf_jax.rewards.with_network import NetworkPart
-from rlhf_jax.sampling import Sampler
+from rlhf_jax.sampling import Sampler, ended
 from rlhf_jax.types import Key, Params, Rollout
 
 Judge = Callable[[Sequence[str]], np.ndarray]
@@ -41,7 +41,7 @@ class Row:
 
     prompt: str
     completion: str
-    tokens: tuple[int, ...]  # of the completion, EOS included
+    tokens: tuple[int, ...]  # of the completion, with EOS or the end of a stop string
     ended: bool
     readings: dict[str, float]  # "kl" (Σ k1, nats), "score" (the reward's; "uncertainty" its ensemble's), one a judge
 
@@ -106,12 +106,12 @@ class PolicyEvaluation:
                 rollout = self._cut(rollout)
                 readings = hosts.fetch(self._readings(policy, reference, self._network, rollout))
             host, first = hosts.fetch(rollout), len(rows)
+            has_ended = ended(host, self._tokenizer.eos_id)
             for i in range(count):
                 tokens = tuple(host.tokens[i][host.completion_mask[i]].tolist())
                 prompt = self._tokenizer.decode(host.tokens[i][host.prompt_mask[i]].tolist())
                 numbers = {name: float(values[i]) for name, values in readings.items()}
-                is_ended = self._tokenizer.eos_id in tokens
-                rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, is_ended, numbers))
+                rows.append(Row(prompt, self._tokenizer.decode(tokens), tokens, bool(has_ended[i]), numbers))
             if self._scorer is not None:  # a batch at a time, as in training: its limit of time is a batch's
                 new, asking = rows[first:], prompts[first : first + count]
                 read = [self._tokenizer.decode(host.tokens[i][host.read[i]].tolist()) for i in range(count)]

@@ -17,6 +17,17 @@ _TEMPLATE_FILE = "chat_template.jinja"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SPARE = re.compile(r"pad|unused|reserved|extra", re.IGNORECASE)
 _DOCUMENT = "<|endoftext|>"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _byte_level() -> dict[str, int]:
+    """The character that stands for each byte (GPT-2): its own where it can be seen, else the next from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_level()
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,10 @@ class JsonTokenizer:
         self.pad_id = self._pad(declared, chat)
         end = core.id_to_token(self.eos_id)
         self.chat = None if chat is None else replace(chat, tokens=tuple(declared.tokens.items()), end=end or "")
-        kinds = str(core.pre_tokenizer) + str(core.decoder)
-        self._spaces = ("Ġ",) if "ByteLevel" in kinds else ("▁",)
+        decoder = str(core.decoder)
+        self._spaces = ("Ġ",) if "ByteLevel" in str(core.pre_tokenizer) + decoder else ("▁",)
+        self._byte_level, self._byte_fallback = "ByteLevel" in decoder, "ByteFallback" in decoder
+        self._before = self.encode("a")[-1:]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS; special tokens that are written out in it are read as such."""
@@ -72,6 +85,18 @@ class JsonTokenizer:
         """Whether a token begins with a space."""
         piece = self._core.id_to_token(int(token))
         return piece is not None and piece.startswith(self._spaces)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text that it goes on from; b"" for special tokens."""
+        before, both = (self.decode(ids) for ids in (self._before, [*self._before, token]))
+        if before == both:  # special, or none
+            return b""
+        piece = self._core.id_to_token(int(token))
+        if self._byte_level and set(piece) <= _BYTES.keys():
+            return bytes(_BYTES[character] for character in piece)
+        if self._byte_fallback and _BYTE.fullmatch(piece):
+            return bytes([int(piece[3:-1], 16)])
+        return both[len(before) :].encode()
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, the special tokens that training used, and the chat template."""

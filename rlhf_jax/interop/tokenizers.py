@@ -33,6 +33,13 @@ class Tokenizer(Protocol):
         """Whether a token begins with a space: a text may be cut before it without splitting a word."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text that it goes on from, in UTF-8 or a part of a character; b"" for special tokens.
+
+        Where `decode` drops a text's first space, these bytes have it.
+        """
+        ...
+
     def files(self) -> dict[str, bytes]:
         """What a Hugging Face folder holds of it, by the names of the files."""
         ...
@@ -82,6 +89,16 @@ class SentencePiece:
     def starts_word(self, token: int) -> bool:
         """Whether a token begins with a space."""
         return self._processor.id_to_piece(int(token)).startswith(_SPACE)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text that it goes on from; b"" for special tokens."""
+        known = self._processor
+        if token in self._special or token >= self.vocab_size or known.is_control(token):
+            return b""
+        piece = known.id_to_piece(token)
+        if known.is_byte(token):
+            return bytes([int(piece[3:-1], 16)])
+        return known.decode([token]).encode() if known.is_unknown(token) else piece.replace(_SPACE, " ").encode()
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.model, and a tokenizer_config.json by which transformers makes the same tokens of it."""

@@ -2,19 +2,10 @@
 
 from rlhf_jax.models.decoding import decoding_policy
 from rlhf_jax.models.heads import init_with_head, read_head, score, scores_at, values
+from rlhf_jax.models.kv_cache import Cache, init_cache
 from rlhf_jax.models.perturbed import Perturbed, Policy, policy_logits, transformer_of
 from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.models.transformer import (
-    Cache,
-    extend,
-    hidden,
-    hidden_and_routing,
-    init,
-    init_cache,
-    logits,
-    prefill,
-    unembed,
-)
+from rlhf_jax.models.transformer import extend, hidden, hidden_and_routing, init, logits, prefill, unembed
 
 __all__ = [
     "Cache",

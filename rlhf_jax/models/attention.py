@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import kv_cache
 from rlhf_jax.models.spec import ModelSpec
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
@@ -92,16 +93,19 @@ def attend(spec: ModelSpec, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen: A
 
 
 def attend_cache(spec, q_BTNH, k_BKSH, v_BKSH, attend_BTS):
-    """The same over keys and values that lie as a cache has them."""
+    """The same over keys and values that lie as a cache has them (`kv_cache.Entries` of a layer)."""
     b, t, n, h = q_BTNH.shape
+    (k_BKSH, k_scale), (v_BKSH, v_scale) = (kv_cache.opened(x, q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
     groups = (b, spec.n_kv_heads, n // spec.n_kv_heads, t)  # G query heads read each head of keys
     q = q_BTNH.swapaxes(1, 2).reshape(b, spec.n_kv_heads, -1, h)
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k_BKSH, preferred_element_type=jnp.float32) * _scale(spec)
+    scores = scores if k_scale is None else scores * k_scale
     if spec.attention_softcap is not None:
         scores = spec.attention_softcap * jnp.tanh(scores / spec.attention_softcap)
     scores = jnp.where(attend_BTS[:, None, None], scores.reshape(*groups, -1), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(*q.shape[:3], -1), v_BKSH)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:3], -1)
+    weights = weights if v_scale is None else weights * v_scale
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v_BKSH.dtype), v_BKSH)
     return out.reshape(b, n, t, h).swapaxes(1, 2)
 
 

@@ -7,6 +7,7 @@ import jax
 
 from rlhf_jax import sharding
 from rlhf_jax.models import quantized, transformer
+from rlhf_jax.models.heads import HEAD, init_with_head
 from rlhf_jax.models.perturbed import HEAD_AXES, Perturbed, Policy
 from rlhf_jax.models.quantized import Quantized
 from rlhf_jax.models.spec import PROJECTIONS, ModelSpec
@@ -22,13 +23,15 @@ def decoding_policy(spec: ModelSpec, policy: Policy) -> Policy:
 
 
 def decoding_weights(spec: ModelSpec, params: Params) -> Params:
-    """A transformer's parameters, laid out by the rules of `sharding.decoding`, to be read with `extend` alone.
+    """A transformer's parameters, and its value head if it has one, laid out by the rules of `sharding.decoding`, to be
+    read with `extend` and `read_head` alone.
 
     A matrix that moves goes in the type that products cast it to, so that all numbers stay as they are. Where the
     rules move nothing, as on one device, they stay; where there is no loop over layers, each layer's are cut out of the
     stack here, once.
     """
     boxed = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
+    boxed[HEAD] = jax.eval_shape(lambda: init_with_head(spec, jax.random.key(0)))[HEAD]
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
     names = {path: leaf.names for path, leaf in leaves if _is_box(leaf)}
 

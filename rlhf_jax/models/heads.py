@@ -13,6 +13,9 @@ from rlhf_jax.models import lora, transformer
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.types import ArrayLike, Key, Params
 
+HEAD = "head"
+"""Of a network's parameters, the scalar head on its trunk."""
+
 
 def init_with_head(spec: ModelSpec, key: Key, trunk: Params | None = None) -> Params:
     """Boxed parameters that train: a new head, N(0, 1/√(d+1)) (Stiennon et al. 2020), on a given trunk or a random one.
@@ -27,7 +30,7 @@ def init_with_head(spec: ModelSpec, key: Key, trunk: Params | None = None) -> Pa
     kernel = jax.random.normal(head_key, (spec.d_model,)) * (spec.d_model + 1) ** -0.5
     return {
         "trunk": boxed,
-        "head": {"kernel": nn.LogicallyPartitioned(kernel, ("embed",)), "bias": jnp.zeros(())},
+        HEAD: {"kernel": nn.LogicallyPartitioned(kernel, ("embed",)), "bias": jnp.zeros(())},
     }
 
 
@@ -69,7 +72,7 @@ def values(
 
 def read_head(params: Params, states: Float[Array, "*b d"]) -> Float[Array, "*b"]:
     """The head's outputs, float32, of the trunk's hidden states."""
-    head = params["head"]
+    head = params[HEAD]
     return jnp.matmul(states.astype(jnp.float32), head["kernel"], precision="highest") + head["bias"]
 
 

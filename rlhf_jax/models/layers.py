@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from rlhf_jax.models import kv_cache
 from rlhf_jax.models.attention import Seen, attend, attend_cache
 from rlhf_jax.models.experts import Routing, mix_experts
 from rlhf_jax.models.quantized import Quantized, cast, multiply
@@ -71,18 +72,14 @@ class Attention(nn.Module):
         if keys is None:
             out_BTNH = attend(s, q_BTNH, k_BTKH, v_BTKH, attend_BTS)
         else:
-            at = (layer, 0, 0, start, 0)
             keys, values = (
-                jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2)[None].astype(cached.dtype), at)
+                kv_cache.written(cached, new.swapaxes(1, 2), layer, start)
                 for cached, new in ((keys, k_BTKH), (values, v_BTKH))
-            )
-            k_BKSH, v_BKSH = (
-                jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).astype(q_BTNH.dtype)
-                for cached in (keys, values)
             )
             if isinstance(attend_BTS, Seen):  # these tokens are the cache's first
                 out_BTNH = attend(s, q_BTNH, k_BTKH, v_BTKH, attend_BTS)
             else:
+                k_BKSH, v_BKSH = (kv_cache.of_layer(cached, layer) for cached in (keys, values))
                 out_BTNH = attend_cache(s, q_BTNH, k_BKSH, v_BKSH, attend_BTS)
         shape, axes = (s.n_heads, s.head_dim, s.d_model), ("heads", None, "embed")
         out_init = nn.initializers.variance_scaling(

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -16,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.masking import positions as mask_positions
 from rlhf_jax.models.attention import Seen, placed, tokens_first
 from rlhf_jax.models.experts import Routing
+from rlhf_jax.models.kv_cache import Cache
 from rlhf_jax.models.layers import ROUTER, Block, Norm, flat, look_up, named
 from rlhf_jax.models.pipeline import through_stages
 from rlhf_jax.models.rope import rope_table
@@ -27,19 +27,6 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class Cache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens read so far, in slots 0 … length-1 of every row.
-
-    A head's slots lie together: a new token is a product of matrices as they lie, and nothing is transposed.
-    """
-
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
-    positions: Int[Array, "B S"]
-    mask: Bool[Array, "B S"]  # True where a slot holds a real token
-    length: Int[Array, ""]
 
 
 class Transformer(nn.Module):
@@ -246,18 +233,6 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Next-token logits, float32, for any padding; `logits[:, t]` predicts `tokens[:, t + 1]`."""
     return unembed(spec, params, hidden(spec, params, tokens, mask))
-
-
-def init_cache(spec: ModelSpec, batch: int, length: int) -> Cache:
-    """An empty cache for rows of up to `length` tokens."""
-    shape = (spec.n_layers, batch, spec.n_kv_heads, length, spec.head_dim)
-    return Cache(
-        keys=jnp.zeros(shape, spec.dtype),
-        values=jnp.zeros(shape, spec.dtype),
-        positions=jnp.zeros((batch, length), jnp.int32),
-        mask=jnp.zeros((batch, length), bool),
-        length=jnp.zeros((), jnp.int32),
-    )
 
 
 def extend(

@@ -46,6 +46,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.interop.load import FromPretrained
 from rlhf_jax.interop.pretrained import Pretrained
 from rlhf_jax.models import ModelSpec, lora, quantized
+from rlhf_jax.models.heads import HEAD
+from rlhf_jax.models.kv_cache import CacheType, rows_axis
 from rlhf_jax.models.spec import DType
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.judging import LocalJudge
@@ -122,8 +124,8 @@ def programs(experiment: Experiment, mesh: Mesh, *, spec: ModelSpec | None = Non
         if type(config) not in BUILDERS:
             known = ", ".join(cls.__module__.rpartition(".")[2] for cls in BUILDERS)
             raise UserError(f"stages.{name}: plan knows {known}, not {type(config).__module__.rpartition('.')[2]}")
-        if isinstance(config, Completing) and config.turns is not None:  # how long they take hangs on the lengths
-            config = dataclasses.replace(config, turns=None)
+        if isinstance(config, Completing):  # how long turns take hangs on the lengths, stop strings on the tokenizer
+            config = dataclasses.replace(config, turns=None, sampling=dataclasses.replace(config.sampling, stop=()))
         found += BUILDERS[type(config)](config, context, name)
     return found
 
@@ -228,9 +230,11 @@ def _on_policy(algorithm: PolicyGradient, state: Any, context: Context, name: st
     rollout = _rollout(context, b, p + n)
     if config.truncate is not None:
         rollout = rollout.replace(read_mask=rollout.completion_mask)
+    if config.old_logps == "sampled" and HEAD in state.policy.params:
+        rollout = rollout.replace(values=rollout.logps)
     inputs = {"iteration": prompts, "sample": prompts, "learn": rollout}
     kept = _roles(frozen, *trained)
-    cache = _cache_bytes(context, b, p + n)
+    cache = _cache_bytes(context, b, p + n, config.sampling.cache)
     for part, function in iterations.programs(algorithm, state).items():
         decodes = part != "learn"
         yield Program(
@@ -261,9 +265,10 @@ def _decode(
 ) -> Program:
     """Sampling b completions of n tokens for prompts of p."""
     b, p, n = sizes
+    sampling = dataclasses.replace(sampling, stop=())
     function = sampling_program(context.spec, max_new_tokens=n, sampling=sampling, **ENDS)
     prompts = _batch(context, (b, p), jnp.int32), _batch(context, (b, p), jnp.bool_)
-    args, cache = (policy, *prompts, jax.random.key(0)), _cache_bytes(context, b, p + n)
+    args, cache = (policy, *prompts, jax.random.key(0)), _cache_bytes(context, b, p + n, sampling.cache)
     roles = {"parameters": policy}
     return Program(stage, name, function, args, roles, calls, b * (p + n), decode_steps=n, cache=cache)
 
@@ -361,10 +366,11 @@ def _rollout(context: Context, b: int, t: int) -> Rollout:
     return made.replace(scores=scores, written_at=written_at)
 
 
-def _cache_bytes(context: Context, batch: int, length: int) -> int:
-    cache = jax.eval_shape(functools.partial(models.init_cache, context.spec, batch, length))
-    place = sharding.decoding_layout(context.mesh, cache.keys.shape, CACHE_AXES)
-    return device_bytes([_struct(x.shape, x.dtype, place) for x in (cache.keys, cache.values)])
+def _cache_bytes(context: Context, batch: int, length: int, kind: CacheType) -> int:
+    cache = jax.eval_shape(functools.partial(models.init_cache, context.spec, batch, length, kind))
+    layout = functools.partial(sharding.decoding_layout, context.mesh)
+    arrays, axes = jax.tree.leaves((cache.keys, cache.values)), (*(None,) * rows_axis(cache.keys), *CACHE_AXES)
+    return device_bytes([_struct(x.shape, x.dtype, layout(x.shape, axes[: x.ndim])) for x in arrays])
 
 
 def _batch(context: Context, shape: tuple[int, ...], dtype: Any) -> Any:

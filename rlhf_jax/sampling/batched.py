@@ -11,14 +11,15 @@ from rlhf_jax import hosts, lockstep, sharding
 from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.interop.tokenizers import Tokenizer
 from rlhf_jax.models import ModelSpec, Policy
-from rlhf_jax.sampling.decode import generate
+from rlhf_jax.sampling.decode import ended, generate
+from rlhf_jax.sampling.stopping import Stops, stops
 from rlhf_jax.sampling.transforms import Sampling
 from rlhf_jax.sampling.turns import Turns
 from rlhf_jax.types import Key, Rollout
 
 
 class Sample(NamedTuple):
-    """One completion: its tokens, EOS included where it ended, and whether it did."""
+    """One completion: its tokens, with EOS or the end of a stop string where it ended, and whether it did."""
 
     prompt: list[int]
     tokens: list[int]
@@ -26,7 +27,14 @@ class Sample(NamedTuple):
 
 
 def sampling_program(
-    spec: ModelSpec, *, max_new_tokens: int, sampling: Sampling, eos_id: int, pad_id: int, turns: Turns | None = None
+    spec: ModelSpec,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int,
+    pad_id: int,
+    turns: Turns | None = None,
+    stops: Stops | None = None,
 ) -> Callable[[Policy, Array, Array, Key], Rollout]:
     """`generate`, compiled, of (policy, prompts [b, p], prompt_mask [b, p], key)."""
 
@@ -38,6 +46,7 @@ def sampling_program(
             eos_id=eos_id,
             pad_id=pad_id,
             turns=turns,
+            stops=stops,
         )
 
     return lockstep.jit(program)
@@ -58,13 +67,23 @@ class Sampler:
         batch_size: int = 128,
         turns: Turns | None = None,
     ) -> None:
-        """Prompts may have at most `prompt_length` tokens; `batch_size` must divide by the mesh's batch axes."""
+        """Prompts may have at most `prompt_length` tokens; `batch_size` must divide by the mesh's batch axes.
+
+        Raises UserError for a `sampling.stop` that the tokenizer cannot write.
+        """
         self.sampling = sampling
         self._mesh, self._tokenizer = mesh, tokenizer
         self._prompt_length, self._batch_size = prompt_length, batch_size
 
-        ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-        self._generate = sampling_program(spec, max_new_tokens=max_new_tokens, sampling=sampling, turns=turns, **ends)
+        self._generate = sampling_program(
+            spec,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            turns=turns,
+            stops=stops(sampling.stop, tokenizer),
+        )
 
     def rollouts(self, policy: Policy, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[tuple[Rollout, int]]:
         """Rollouts of whole batches on the device, each with how many of its rows are real; the others repeat one."""
@@ -80,11 +99,12 @@ class Sampler:
     def batches(self, policy: Policy, prompts: Sequence[Sequence[int]], key: Key) -> Iterator[list[Sample]]:
         """One completion a prompt, in order, a batch at a time."""
         for index, (rollout, count) in enumerate(self.rollouts(policy, prompts, key)):
-            tokens, mask = hosts.fetch((rollout.tokens, rollout.completion_mask))
+            host = hosts.fetch(rollout)
+            has_ended = ended(host, self._tokenizer.eos_id)
             start = index * self._batch_size
-            completions = [tokens[row][mask[row]].tolist() for row in range(count)]
+            completions = [host.tokens[row][host.completion_mask[row]].tolist() for row in range(count)]
             yield [
-                Sample(list(prompts[start + row]), completion, self._tokenizer.eos_id in completion)
+                Sample(list(prompts[start + row]), completion, bool(has_ended[row]))
                 for row, completion in enumerate(completions)
             ]
 

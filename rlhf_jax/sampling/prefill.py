@@ -4,7 +4,7 @@ Shapes: u different prompts, b rows, p prompt tokens, s slots of a cache, L laye
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
 from rlhf_jax.models import Cache, ModelSpec
+from rlhf_jax.models.kv_cache import CacheType, rows_axis
 from rlhf_jax.sharding import constrain, decoding, splits
 from rlhf_jax.types import Params
 
-CACHE_AXES = (None, "batch", "kv", None, None)
-"""Logical names of the axes of a cache's keys and values."""
+CACHE_AXES = ("batch", "kv", None, None)
+"""Logical names of the axes of a layer's keys and values: rows, heads, slots, entries. Scales have all but the last."""
+
+
+class State(NamedTuple):
+    """What a row's next token hangs on, besides its cache."""
+
+    hidden: Float[Array, "b D"]
+    """The final hidden state of the last token."""
+    matched: Int[Array, " b"] | None
+    """How much of a stop string the completion's text ends with (`stopping.Stops`); None where there are none."""
 
 
 class Prefilled(NamedTuple):
@@ -24,30 +34,43 @@ class Prefilled(NamedTuple):
 
     tokens: Int[Array, "u p"]
     mask: Bool[Array, "u p"]
-    states: Float[Array, "u D"]
-    """Of the last token."""
+    states: State
     cache: Cache
     """Of p slots."""
 
 
-def prefill(spec: ModelSpec, params: Params, tokens: Int[Array, "u p"], mask: Bool[Array, "u p"]) -> Prefilled:
-    """Read prompts, padded on the left, at once."""
+def prefill(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Int[Array, "u p"],
+    mask: Bool[Array, "u p"],
+    *,
+    stops: bool,
+    kind: CacheType = "model",
+) -> Prefilled:
+    """Read prompts, padded on the left, at once; `stops` says whether strings end completions."""
     with decoding(prompts=True):
         tokens, mask = (constrain(jnp.asarray(x), "batch", None) for x in (tokens, mask))
-        cache = constrained(models.init_cache(spec, *tokens.shape))
+        cache = constrained(models.init_cache(spec, *tokens.shape, kind=kind))
         states, cache = models.prefill(spec, params, tokens, mask, cache)
-    return Prefilled(tokens, mask, states[:, -1], cache)
+    matched = jnp.zeros(len(tokens), jnp.int32) if stops else None
+    return Prefilled(tokens, mask, State(states[:, -1], matched), cache)
 
 
 def lengthened(cache: Cache, more: int) -> Cache:
     """With so many more slots, which are empty."""
     rows = [(0, 0), (0, more)]
-    in_heads = [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]
+
+    slots = rows_axis(cache.keys) + 2
+
+    def in_heads(x: Array) -> Array:
+        return jnp.pad(x, [(0, more) if axis == slots else (0, 0) for axis in range(x.ndim)])
+
     return constrained(
         dataclasses.replace(
             cache,
-            keys=jnp.pad(cache.keys, in_heads),
-            values=jnp.pad(cache.values, in_heads),
+            keys=jax.tree.map(in_heads, cache.keys),
+            values=jax.tree.map(in_heads, cache.values),
             positions=jnp.pad(cache.positions, rows),
             mask=jnp.pad(cache.mask, rows),
         )
@@ -59,12 +82,17 @@ def rows_of(cache: Cache, index: Int[Array, " b"]) -> Cache:
     return constrained(
         dataclasses.replace(
             cache,
-            keys=take(cache.keys, index, axis=1),
-            values=take(cache.values, index, axis=1),
+            keys=take_all(cache.keys, index, axis=rows_axis(cache.keys)),
+            values=take_all(cache.values, index, axis=rows_axis(cache.values)),
             positions=take(cache.positions, index),
             mask=take(cache.mask, index),
         )
     )
+
+
+def take_all(tree: Any, index: Int[Array, " b"], *, axis: int = 0) -> Any:
+    """`take` of every array of a tree."""
+    return jax.tree.map(lambda x: take(x, index, axis=axis), tree)
 
 
 def take(x: Array, index: Int[Array, " b"], *, axis: int = 0) -> Array:
@@ -84,4 +112,6 @@ def take(x: Array, index: Int[Array, " b"], *, axis: int = 0) -> Array:
 
 def constrained(cache: Cache) -> Cache:
     """The cache as decoding lays it out."""
-    return cache.replace(keys=constrain(cache.keys, *CACHE_AXES), values=constrain(cache.values, *CACHE_AXES))
+    axes = (*(None,) * rows_axis(cache.keys), *CACHE_AXES)
+    keys, values = jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)

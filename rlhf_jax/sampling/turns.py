@@ -9,7 +9,8 @@ Shapes: b rows of the batch, w slots, u prompts, p prompt tokens, n new tokens, 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,14 +18,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models import Cache
+from rlhf_jax.models.kv_cache import rows_axis
 from rlhf_jax.numerics import require
-from rlhf_jax.sampling.prefill import Prefilled, lengthened, rows_of, take
+from rlhf_jax.sampling.prefill import Prefilled, lengthened, rows_of, take, take_all
 from rlhf_jax.sharding import decoding, splits
 
-Written = tuple[Int[Array, "b n"], Bool[Array, "b n"], Float[Array, "b n"]]
-"""Tokens, which of them are a completion's, their log-probs."""
-Step = Callable[..., tuple[Array, Array, Array, Cache]]
-"""(state [w D], alive [w], t [w], rows [w], cache) -> (tokens [w], log-probs [w], state, cache): the t-th of some rows.
+
+class Drawn(NamedTuple):
+    """What a step makes of each row on its way, and, with an axis of tokens more, what is kept of completions."""
+
+    tokens: Int[Array, " w"]
+    logps: Float[Array, " w"]
+    values: Float[Array, " w"] | None
+    """Before the token; None where no head is read."""
+    stopped: Bool[Array, " w"] | None
+    """Whether a stop string is whole with the token; None where there are none."""
+
+
+Step = Callable[..., tuple[Drawn, Array, Any, Cache]]
+"""(state, alive [w], t [w], rows [w], cache) -> (the t-th tokens of some rows, which of them end [w], state, cache).
+
+A state is a tree of arrays with an axis of rows.
 """
 
 
@@ -59,9 +73,8 @@ class Slots(flax.struct.PyTreeNode):
     alive: Bool[Array, " w"]
     count: Int[Array, " w"]  # tokens that it has
     start: Int[Array, " w"]  # place of its first token in the ring
-    tokens: Int[Array, "w n"]
-    logps: Float[Array, "w n"]
-    state: Float[Array, "w D"]
+    drawn: Drawn  # [w, n]
+    state: Any
     cache: Cache
 
 
@@ -69,46 +82,49 @@ class Progress(NamedTuple):
     """What a loop carries."""
 
     slots: Slots
-    tokens: Int[Array, "b n"]  # of rows that have ended
-    logps: Float[Array, "b n"]
+    drawn: Drawn  # [b, n], of rows that have ended
     lengths: Int[Array, " b"]
     begun: Int[Array, " d"]  # rows of each of the batch's shards
     place: Int[Array, ""]  # of the next token in the ring
 
 
-def in_turn(turns: Turns, step: Step, before: Prefilled, *, copies: int, length: int, last: int | None) -> Written:
-    """Every row; `last` is the token that ends it, if one does."""
+def in_turn(
+    turns: Turns, step: Step, before: Prefilled, like: Drawn, *, copies: int, length: int
+) -> tuple[Drawn, Bool[Array, "b n"]]:
+    """Every row, and which tokens are a completion's; `like` has the types of what is drawn."""
     with decoding():
         shards = splits("batch")
     rows = len(before.tokens) * copies
     width = min(turns.slots, rows)
     progress = Progress(
-        _empty(before, width, rows, length),
-        jnp.zeros((rows, length), jnp.int32),
-        jnp.zeros((rows, length), jnp.float32),
+        _empty(before, like, width, rows, length),
+        nothing(like, rows, length),
         jnp.zeros(rows, jnp.int32),
         jnp.zeros(shards, jnp.int32),
         jnp.zeros((), jnp.int32),
     )
     for halving in range(turns.halvings + 1):
         follows = width // 2 if halving < turns.halvings and width // 2 % shards == 0 else 0
-        progress = _until(turns, step, before, progress, copies=copies, last=last, most=follows // shards)
+        progress = _until(turns, step, before, progress, copies=copies, most=follows // shards)
         if not follows:
             break
         progress = _put_down(progress)
         progress = progress._replace(slots=_fewer(progress.slots, follows, shards))
         width = follows
     progress = _put_down(progress)
-    return progress.tokens, jnp.arange(length) < progress.lengths[:, None], progress.logps
+    return progress.drawn, jnp.arange(length) < progress.lengths[:, None]
+
+
+def nothing(like: Drawn, rows: int, length: int) -> Drawn:
+    """Of rows that have no token yet."""
+    return jax.tree.map(lambda x: jnp.zeros((rows, length), x.dtype), like)
 
 
 @decoding()
-def _until(
-    turns: Turns, step: Step, before: Prefilled, progress: Progress, *, copies: int, last: int | None, most: int
-) -> Progress:
+def _until(turns: Turns, step: Step, before: Prefilled, progress: Progress, *, copies: int, most: int) -> Progress:
     """Until no row waits, and of each shard at most so many are on their way."""
     shards, width = len(progress.begun), len(progress.slots.row)
-    each, length = len(progress.lengths) // shards, progress.tokens.shape[1]
+    each, length = len(progress.lengths) // shards, progress.drawn.tokens.shape[1]
     wanted = max(1, int(turns.refill * width / shards))
 
     def alive(p: Progress) -> Array:
@@ -125,14 +141,12 @@ def _until(
     def token(p: Progress) -> Progress:
         s = p.slots
         cache = s.cache.replace(length=before.tokens.shape[1] + p.place)
-        drawn, logps, state, cache = step(s.state, s.alive, s.count, jnp.minimum(s.row, len(p.lengths) - 1), cache)
+        drawn, ends, state, cache = step(s.state, s.alive, s.count, jnp.minimum(s.row, len(p.lengths) - 1), cache)
         count = s.count + s.alive
-        goes_on = s.alive & (count < length)
         slots = s.replace(
-            alive=goes_on if last is None else goes_on & (drawn != last),
+            alive=s.alive & (count < length) & ~ends,
             count=count,
-            tokens=_written(s.tokens, drawn, s.alive, p.place),
-            logps=_written(s.logps, logps, s.alive, p.place),
+            drawn=jax.tree.map(lambda ring, new: _written(ring, new, s.alive, p.place), s.drawn, drawn),
             state=state,
             cache=cache,
         )
@@ -144,18 +158,17 @@ def _until(
     return jax.lax.while_loop(unfinished, turn, progress)
 
 
-def _empty(before: Prefilled, width: int, rows: int, length: int) -> Slots:
+def _empty(before: Prefilled, like: Drawn, width: int, rows: int, length: int) -> Slots:
     """Slots without rows."""
-    like = jax.eval_shape(lambda: lengthened(rows_of(before.cache, jnp.zeros(width, jnp.int32)), length))
+    cache = jax.eval_shape(lambda: lengthened(rows_of(before.cache, jnp.zeros(width, jnp.int32)), length))
     return Slots(
         row=jnp.full(width, rows),
         alive=jnp.zeros(width, bool),
         count=jnp.zeros(width, jnp.int32),
         start=jnp.zeros(width, jnp.int32),
-        tokens=jnp.zeros((width, length), jnp.int32),
-        logps=jnp.zeros((width, length), jnp.float32),
-        state=jnp.zeros((width, before.states.shape[1]), before.states.dtype),
-        cache=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
+        drawn=nothing(like, width, length),
+        state=jax.tree.map(lambda x: jnp.zeros((width, *x.shape[1:]), x.dtype), before.states),
+        cache=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache),
     )
 
 
@@ -167,15 +180,18 @@ def _written(ring: Array, new: Array, alive: Array, place: Array) -> Array:
 
 def _put_down(p: Progress) -> Progress:
     """What ended rows have, each where its row stands in the batch, in order from its first token."""
-    s, length = p.slots, p.tokens.shape[1]
+    s, length = p.slots, p.drawn.tokens.shape[1]
     where = jnp.where(s.alive, len(p.lengths), s.row)  # past the end: nowhere
     order = (s.start[:, None] + jnp.arange(length)) % length
-    tokens, logps = (jnp.take_along_axis(x, order, axis=1) for x in (s.tokens, s.logps))
     own = jnp.arange(length) < s.count[:, None]
+
+    def put(kept: Array, ring: Array) -> Array:
+        in_order = jnp.take_along_axis(ring, order, axis=1)
+        return kept.at[where].set(jnp.where(own, in_order, jnp.zeros_like(in_order)), mode="drop")
+
     return p._replace(
         slots=s.replace(row=jnp.where(s.alive, s.row, len(p.lengths))),
-        tokens=p.tokens.at[where].set(jnp.where(own, tokens, 0), mode="drop"),
-        logps=p.logps.at[where].set(jnp.where(own, logps, 0), mode="drop"),
+        drawn=jax.tree.map(put, p.drawn, s.drawn),
         lengths=p.lengths.at[where].set(s.count, mode="drop"),
     )
 
@@ -191,25 +207,31 @@ def _filled(p: Progress, before: Prefilled, copies: int) -> Progress:
     read = rows_of(before.cache, prompt)
     columns = before.tokens.shape[1]
 
-    def begun(old: Array, prompts: Array, slot_axis: int) -> Array:
+    def chosen(old: Array, theirs: Array, row_axis: int = 0) -> Array:
+        """What new rows begin with, and of others what they have."""
+        return jnp.where(new.reshape(-1, *(1,) * (old.ndim - 1 - row_axis)), theirs, old)
+
+    def begun(old: Array, prompts: Array, row_axis: int, slot_axis: int) -> Array:
         """With the prompts of new rows, and nothing after them."""
         start = jax.lax.slice_in_dim(old, 0, columns, axis=slot_axis)
-        chosen = new.reshape((-1,) + (1,) * (old.ndim - 1 - (slot_axis > 1)))
-        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, prompts, start), 0, axis=slot_axis)
+        return jax.lax.dynamic_update_slice_in_dim(old, chosen(start, prompts, row_axis), 0, axis=slot_axis)
+
+    axis = rows_axis(s.cache.keys)
+    in_heads = partial(begun, row_axis=axis, slot_axis=axis + 2)
 
     cache = dataclasses.replace(
         s.cache,
-        keys=begun(s.cache.keys, read.keys, 3),
-        values=begun(s.cache.values, read.values, 3),
-        positions=begun(s.cache.positions, read.positions, 1),
-        mask=begun(s.cache.mask & ~new[:, None], read.mask, 1),
+        keys=jax.tree.map(in_heads, s.cache.keys, read.keys),
+        values=jax.tree.map(in_heads, s.cache.values, read.values),
+        positions=begun(s.cache.positions, read.positions, 0, 1),
+        mask=begun(s.cache.mask & ~new[:, None], read.mask, 0, 1),
     )
     slots = s.replace(
         row=row,
         alive=s.alive | new,
         count=jnp.where(new, 0, s.count),
         start=jnp.where(new, p.place, s.start),
-        state=jnp.where(new[:, None], take(before.states, prompt), s.state),
+        state=jax.tree.map(chosen, s.state, take_all(before.states, prompt)),
         cache=cache,
     )
     return p._replace(slots=slots, begun=p.begun + new.reshape(shards, -1).sum(-1))
@@ -225,8 +247,7 @@ def _fewer(s: Slots, width: int, shards: int) -> Slots:
         alive=take(s.alive, index),
         count=take(s.count, index),
         start=take(s.start, index),
-        tokens=take(s.tokens, index),
-        logps=take(s.logps, index),
-        state=take(s.state, index),
+        drawn=take_all(s.drawn, index),
+        state=take_all(s.state, index),
         cache=rows_of(s.cache, index),
     )

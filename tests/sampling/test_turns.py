@@ -9,7 +9,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.models import Cache, ModelSpec
 from rlhf_jax.sampling import Sampling, Turns, generate
 from rlhf_jax.sampling.prefill import Prefilled
-from rlhf_jax.sampling.turns import in_turn
+from rlhf_jax.sampling.turns import Drawn, in_turn
 from rlhf_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -38,11 +38,13 @@ def scripted(turns: Turns, lengths: np.ndarray):
     def step(state, alive, t, row, cache):
         jax.debug.callback(lambda width: widths.append(int(width)), alive.shape[0])
         token = jnp.where(t == jnp.asarray(lengths)[row] - 1, EOS, 100 * row + t + 2)
-        return jnp.where(alive, token, 0), jnp.where(alive, state[:, 0] + t / 64, 0), state, cache
+        drawn = Drawn(jnp.where(alive, token, 0), jnp.where(alive, state[:, 0] + t / 64, 0), None, None)
+        return drawn, token == EOS, state, cache
 
-    out = jax.jit(lambda: in_turn(turns, step, before, copies=1, length=LENGTH, last=EOS))()
+    like = Drawn(jnp.int32(0), jnp.float32(0), None, None)
+    drawn, mask = jax.jit(lambda: in_turn(turns, step, before, like, copies=1, length=LENGTH))()
     jax.effects_barrier()
-    return out, widths
+    return (drawn.tokens, mask, drawn.logps), widths
 
 
 @pytest.mark.parametrize("turns", [Turns(8, 0), Turns(32, 2), Turns(64, 3, 0.5), Turns(4, 1, 0.0)], ids=str)
