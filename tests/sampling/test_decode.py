@@ -95,7 +95,7 @@ def test_stops_when_all_rows_have_ended(params, monkeypatch):
     rollout = sample(params, *prompts(b=1), key=11, sampling=Sampling(temperature=3.0), new=26)
     jax.effects_barrier()
     longest = int(rollout.completion_mask.sum(-1).max())
-    assert ran == [6] + [1] * longest  # the prompt at once, then as many tokens as the longest row has
+    assert ran == [1] * longest  # after the prompt, which `prefill` reads, as many tokens as the longest row has
     assert longest < 26  # so that it did stop early
 
 
