@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.lockstep import any_replica
 from rlhf_jax.models import Cache
 from rlhf_jax.numerics import require
 from rlhf_jax.sampling.prefill import Prefilled, lengthened, rows_of, take
@@ -106,7 +107,12 @@ def in_turn(turns: Turns, step: Step, before: Prefilled, *, copies: int, length:
 def _until(
     turns: Turns, step: Step, before: Prefilled, progress: Progress, *, copies: int, last: int | None, most: int
 ) -> Progress:
-    """Until no row waits, and of each shard at most so many are on their way."""
+    """Until no row waits, and of each shard at most so many are on their way.
+
+    Replicas of a sweep take each step together: who has room, or is done, goes on with what is on its way until none
+    is without. That costs each a few empty slots. Conditions of their own would cost, at every token, a choice for
+    each replica between its old cache and its new one, and its place in the ring would be its own.
+    """
     shards, width = len(progress.begun), len(progress.slots.row)
     each, length = len(progress.lengths) // shards, progress.tokens.shape[1]
     wanted = max(1, int(turns.refill * width / shards))
@@ -139,9 +145,9 @@ def _until(
         return p._replace(slots=slots, place=(p.place + 1) % length)
 
     def turn(p: Progress) -> Progress:
-        return jax.lax.while_loop(no_room, token, _filled(_put_down(p), before, copies))
+        return jax.lax.while_loop(lambda p: any_replica(no_room(p)), token, _filled(_put_down(p), before, copies))
 
-    return jax.lax.while_loop(unfinished, turn, progress)
+    return jax.lax.while_loop(lambda p: any_replica(unfinished(p)), turn, progress)
 
 
 def _empty(before: Prefilled, width: int, rows: int, length: int) -> Slots:
