@@ -74,7 +74,7 @@ def get_config():
         "distilled": distill.Config(student="sft", teacher="ppo", **sampled),
         "read": compare.Config(policy="filtered", reward="reward_model", completion_tokens=12, evaluation_prompts=16),
     }
-    model = dataclasses.replace(whole.model, spec=dataclasses.replace(whole.model.spec, lora=LORA))
+    model = Scratch(dataclasses.replace(whole.model.spec, lora=LORA))
     stages = {**whole.stages, **{name: more[name] for name in ALSO}}
     return dataclasses.replace(whole, model=model, mesh=MESH, stages=stages)
 """
