@@ -92,11 +92,11 @@ def _results(summary: Row) -> str:
     heads = [*fields, "mean", "standard error", "95% interval", "seeds"]
     lines = [_result(row, row[stage].get(name)) for row in ranked(summary)]
     unit = f" ({escape(known.unit)})" if known.unit else ""
+    apart = "; settings whose intervals overlap much are not told apart by these seeds" if len(lines) > 1 else ""
     return (
         f'<section id="results"><h2>Results</h2><p>Settings by the {escape(known.title)}{unit} of stage '
         f"{escape(stage)}{after}, best first: {better} is better. Mean over seeds, its standard error, and its 95% "
-        f"interval by Student's t; settings whose intervals overlap much are not told apart by these seeds.</p>"
-        f"{_html_table(heads, lines)}</section>"
+        f"interval by Student's t{apart}.</p>{_html_table(heads, lines)}</section>"
     )
 
 

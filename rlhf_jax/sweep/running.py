@@ -87,8 +87,8 @@ def _split(mesh: MeshConfig, runs: Sequence[Setting]) -> Groups | None:
     for some in groups(runs):
         if len(some) % mesh.replica:
             raise UserError(
-                f"mesh.replica={mesh.replica} does not divide the {len(some)} runs that go together, seeds times "
-                f"combinations of fractions; {one_of(divisors(len(some)))} would"
+                f"mesh.replica={mesh.replica} does not divide {len(some)}, the runs that go together (seeds × "
+                f"combinations of fractions); {one_of(divisors(len(some)))} would"
             )
     return Groups(mesh, jax.devices()[:devices])
 
