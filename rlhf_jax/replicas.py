@@ -74,14 +74,14 @@ class Groups:
         for home, mesh in enumerate(self.meshes):
             mine = [[_laid(mesh, x) for x in row] for row in rows[home * share : (home + 1) * share]]
             with jax.set_mesh(mesh):
-                own.append(_stack(tuple(sharding.stacked(x.sharding) for x in mine[0]))(mine))
+                own.append(_stack(tuple(sharding.stacked(_place(x)) for x in mine[0]))(mine))
         return [self._joined(xs, len(rows)) for xs in zip(*own, strict=True)]
 
     def parted(self, leaves: Sequence[jax.Array], n: int) -> list[list[jax.Array]]:
         """The leaves of each of n replicas, on the mesh of its group."""
         rows, share = list[list[jax.Array]](), n // len(self.meshes)
         for mesh in self.meshes:
-            places = tuple(sharding.of_one_replica(mesh, x.sharding) for x in leaves)
+            places = tuple(sharding.of_one_replica(mesh, _place(x)) for x in leaves)
             own = [
                 _of_shards((share, *x.shape[1:]), sharding.stacked(place), [x])
                 for x, place in zip(leaves, places, strict=True)
@@ -91,8 +91,14 @@ class Groups:
         return rows
 
     def _joined(self, xs: Sequence[jax.Array], n: int) -> jax.Array:
-        one = sharding.of_one_replica(self.meshes[0], xs[0].sharding)
+        one = sharding.of_one_replica(self.meshes[0], _place(xs[0]))
         return _of_shards((n, *xs[0].shape[1:]), sharding.of_replicas(self.whole, one), xs)
+
+
+def _place(x: jax.Array) -> NamedSharding:
+    """That of an array on a mesh."""
+    assert isinstance(x.sharding, NamedSharding)
+    return x.sharding
 
 
 def _laid(mesh: Mesh, x: Any) -> jax.Array:

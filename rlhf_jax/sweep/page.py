@@ -30,8 +30,8 @@ _COLORS = tuple(canvas.PALETTE[name] for name in ("after", "gold", "score", "kl"
 _DASHES = ("-", "--", ":", "-.")
 _NO_VALUES = "as in the config"
 
-Row = Mapping[str, Any]
-"""Of a summary's rows: a setting with its figures."""
+Row = dict[str, Any]
+"""A summary, or of its rows one: a setting with its figures."""
 
 
 def render(folder: Path, runs: Sequence[Setting]) -> str:
