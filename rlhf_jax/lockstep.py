@@ -5,6 +5,9 @@ those who stand at the earliest place are served: calls of one program become on
 made in turns, and what differs is made by itself. So nobody waits for who will not come: a replica that is ahead,
 behind, at other shapes or gone changes how fast the others are and not what they compute.
 
+Replicas may have devices of their own (`Spread`): a `vmap`ped call is then one program over all of these, the replicas'
+axis split over their groups, and calls by themselves, queued one after another, run beside each other.
+
 Outside of such a group `jit` is `jax.jit`.
 """
 
@@ -17,7 +20,7 @@ from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +36,27 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 Place = tuple[int, str, int]
 """A stage's number, the name of a function that it compiles, and how many of that name it had compiled before."""
 
-_Key = tuple[Place, Hashable, str]
-"""What calls of one program have in common: their place, the types of their arguments, what is compiled."""
+_Key = tuple[Place, Hashable, str, bool]
+"""What calls of one program have in common: their place, the types of their arguments, what is compiled, and whether
+the arguments are where a call for several replicas would have them."""
+
+
+class Spread(Protocol):
+    """Groups of devices, each with its share of the replicas."""
+
+    axis: str
+    """The mesh axis of the groups."""
+
+    def holds(self, home: int, leaves: Sequence[Any], out_shardings: Any) -> bool:
+        """Whether a program of these leaves, called here, is one of a group's own mesh."""
+        ...
+
+    def of_all(self, mapped: Callable[..., Any], out_shardings: Any) -> Callable[..., list[Any]]:
+        """Compile a function of stacked leaves, (donated, kept, shared), for rows of leaves: one outcome a row.
+
+        `out_shardings` are those of a replica's own program. Rows are in the order of the groups, all with as many.
+        """
+        ...
 
 
 def jit(fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), out_shardings: Any = None) -> Callable:
@@ -75,6 +97,8 @@ class Replica:
     """One of a group."""
 
     label: str
+    home: int = 0
+    """Which of a `Spread`'s groups of devices is its."""
     group: "Group" = field(init=False, repr=False)
     stage: int = field(default=-1, init=False)
     _made: Counter[str] = field(default_factory=Counter, init=False)
@@ -113,9 +137,11 @@ class _Call:
     replica: Replica
     program: _Program
     args: tuple
+    key: _Key = field(init=False)
+    served: bool = False
+    alone: bool = False  # to be made by its own replica
     outcome: Any = None
     error: BaseException | None = None
-    made: bool = False
 
     def __post_init__(self) -> None:
         self.leaves, tree = jax.tree.flatten(self.args)
@@ -138,19 +164,23 @@ class _ErrorOf(contextlib.AbstractContextManager):
 class Group:
     """Replicas that go in step, as `work` of each takes them."""
 
-    def __init__(self, replicas: Sequence[Replica], *, vmapped: bool) -> None:
-        """`vmapped`: calls of one program are made at once; else in turns, by one program for all."""
+    def __init__(self, replicas: Sequence[Replica], *, vmapped: bool, spread: Spread | None = None) -> None:
+        """`vmapped`: calls of one program are made at once; else in turns, by one program for all.
+
+        With a `spread` replicas have homes there, each home some.
+        """
         self.running: dict[Replica, None] = dict.fromkeys(replicas)
         self.asked: int | None = None  # the signal to stop at, the same for all that stand at a call
         self.counts: Counter[str] = Counter()  # calls by how they were made: "mapped" or "alone"
         self.signal: int | None = None
-        self._vmapped, self._at_once = vmapped, False
+        self._vmapped, self._spread, self._at_once = vmapped, spread, False
+        self._homes = len({replica.home for replica in replicas})
         self._ready = deque(replicas)
         self._arrived: dict[Replica, _Call] = {}
         self._waiting: dict[Replica, Callable[[], bool]] = {}
         self._order: dict[Place, int] = {}
         self._identities: dict[Hashable, str] = {}
-        self._programs: dict[_Key, _Program] = {}
+        self._programs: dict[tuple[_Key, int], _Program] = {}  # a home's
         self._mapped: dict[tuple[_Key, int, tuple[bool, ...]], Callable[..., Any]] = {}
         for replica in replicas:
             replica.group = self
@@ -175,7 +205,7 @@ class Group:
     def forget(self) -> None:
         """Let go of the programs of stages that all have left."""
         first = min(replica.stage for replica in self.running)
-        self._programs = {key: made for key, made in self._programs.items() if key[0][0] >= first}
+        self._programs = {key: made for key, made in self._programs.items() if key[0][0][0] >= first}
         self._mapped = {key: made for key, made in self._mapped.items() if key[0][0][0] >= first}
 
     def stop(self, number: int) -> None:
@@ -184,10 +214,14 @@ class Group:
 
     def call(self, call: _Call) -> Any:
         """Make a call when all have arrived."""
+        is_home = self._spread is None or self._spread.holds(call.replica.home, call.leaves, call.program.out_shardings)
+        call.key = call.program.place, call.shape, self._identity(call), is_home
         self._arrived[call.replica] = call
         self._give_way(call.replica)
-        if not call.made:  # all stand somewhere, and this is the first call of those that are due
-            self._make(self._due())
+        if not call.served:  # all stand somewhere, and this is the first call of those that are due
+            self._serve(self._due())
+        if call.alone:
+            return self._alone(call)
         if call.error is not None:
             raise call.error
         return call.outcome
@@ -223,40 +257,61 @@ class Group:
         first = min((c.program.place for c in self._arrived.values()), key=lambda p: (p[0], self._order[p]))
         return [call for call in self._arrived.values() if call.program.place == first]
 
-    def _make(self, calls: list[_Call]) -> None:
-        """Make them, in the thread of the first one: calls of one place have the same surroundings."""
+    def _serve(self, calls: list[_Call]) -> None:
+        """Make what is made at once, in the thread of the first: calls of one place have the same surroundings."""
         same: dict[_Key, list[_Call]] = {}
         for call in calls:
-            with _ErrorOf([call]):  # it may be one that cannot be compiled
-                same.setdefault((call.program.place, call.shape, self._identity(call)), []).append(call)
+            same.setdefault(call.key, []).append(call)
         # Of some of the replicas no call is made together: another number of them is another program to compile.
         together = self._vmapped and len(calls) == len(self._arrived)
         for key, few in same.items():
-            self._serve(key, few, together=together)
+            if together and len(few) > 1 and self._may_be_mapped(key, few):
+                self._made_at_once(key, few)
+            else:
+                for call in few:
+                    call.alone = True
+            self.counts["alone" if few[0].alone else "mapped"] += len(few)
         for call in calls:
-            call.made = True
+            call.served = True
             del self._arrived[call.replica]
         self._ready.extend(call.replica for call in calls[1:])
 
-    def _serve(self, key: _Key, calls: list[_Call], *, together: bool) -> None:
-        """Make calls of one program; an error is of all whose call it was."""
-        program = self._programs.setdefault(key, calls[0].program)
-        common = tuple(
-            all(x is xs[0] or not isinstance(x, _ARRAYS) for x in xs)
+    def _may_be_mapped(self, key: _Key, calls: list[_Call]) -> bool:
+        """Whether anything is to be mapped over, on as many replicas of each home."""
+        homes = Counter(call.replica.home for call in calls)
+        is_even = len(set(homes.values())) == 1 and len(homes) == self._homes
+        return key[-1] and is_even and not all(self._common(calls))
+
+    def _common(self, calls: list[_Call]) -> tuple[bool, ...]:
+        """Which leaves are one object in all calls; over several homes no array is."""
+        return tuple(
+            not isinstance(xs[0], _ARRAYS) or (self._spread is None and all(x is xs[0] for x in xs))
             for xs in zip(*(call.leaves for call in calls), strict=True)
         )
-        if together and len(calls) > 1 and not all(common):
-            mapped = key, len(calls), common
+
+    def _made_at_once(self, key: _Key, calls: list[_Call]) -> None:
+        """By one call; an error is of all whose call it was."""
+        calls = sorted(calls, key=lambda call: call.replica.home)
+        common = self._common(calls)
+        mapped = key, len(calls), common
+        with _ErrorOf(calls):
             if mapped not in self._mapped:
-                self._mapped[mapped] = _mapped(program, calls[0].args, common, len(calls))
-            attempts = [(calls, lambda: self._mapped[mapped]([call.leaves for call in calls]))]
-        else:
-            attempts = [([call], lambda call=call: [program.own(*call.args)]) for call in calls]
-        self.counts["mapped" if len(attempts) < len(calls) else "alone"] += len(calls)
-        for whose, attempt in attempts:
-            with _ErrorOf(whose):
-                for call, outcome in zip(whose, attempt(), strict=True):
-                    call.outcome = outcome
+                self._mapped[mapped] = _mapped(calls[0].program, calls[0].args, common, len(calls), self._spread)
+            outcomes = self._mapped[mapped]([call.leaves for call in calls])
+            for call, outcome in zip(calls, outcomes, strict=True):
+                call.outcome = outcome
+
+    def _alone(self, call: _Call) -> Any:
+        """Make a call, by the program of the first of its home; go on when the others that are due have made theirs.
+
+        Calls return before their work is done: so devices are not idle while a replica reads what it has got.
+        """
+        program = self._programs.setdefault((call.key, call.replica.home), call.program)
+        try:
+            return program.own(*call.args)
+        finally:
+            self._ready.append(call.replica)
+            self._give_way(call.replica)
 
     def _identity(self, call: _Call) -> str:
         """Of the program as it is compiled: what its function closes over is in it, as constants."""
@@ -268,7 +323,7 @@ class Group:
 
 
 def _mapped(
-    program: _Program, args: tuple, common: tuple[bool, ...], n: int
+    program: _Program, args: tuple, common: tuple[bool, ...], n: int, spread: Spread | None
 ) -> Callable[[Sequence[Sequence[Any]]], list[Any]]:
     """A program of n replicas' leaves of the arguments, to n outcomes; `common` leaves are one object in all of them.
 
@@ -283,15 +338,23 @@ def _mapped(
         leaves = [iter(sort) for sort in sorts]
         return program.fn(*tree.unflatten([next(leaves[kind]) for kind in kinds]))
 
-    def all_of_them(given: list[list[Any]], kept: list[list[Any]], shared: list[Any]) -> list[Any]:
-        stacked = ([jnp.stack(xs) for xs in zip(*rows, strict=True)] for rows in (given, kept))
-        outcome = jax.vmap(one, in_axes=(0, 0, None))(*stacked, shared)
-        return [jax.tree.map(lambda x, i=i: x[i], outcome) for i in range(n)]
-
-    layout = None if program.out_shardings is None else [program.out_shardings] * n
-    compiled = jax.jit(all_of_them, donate_argnums=0, out_shardings=layout)
-
     def of(rows: Sequence[Sequence[Any]], kind: int) -> list[list[Any]]:
         return [[x for x, sort in zip(row, kinds, strict=True) if sort == kind] for row in rows]
 
+    if spread is None:
+        compiled = _on_one_mesh(jax.vmap(one, in_axes=(0, 0, None)), n, program.out_shardings)
+    else:
+        over_groups = jax.vmap(one, in_axes=(0, 0, None), spmd_axis_name=spread.axis)
+        compiled = spread.of_all(over_groups, program.out_shardings)
     return lambda rows: compiled(of(rows, 0), of(rows, 1), of(rows[:1], 2)[0])
+
+
+def _on_one_mesh(mapped: Callable[..., Any], n: int, out_shardings: Any) -> Callable[..., list[Any]]:
+    """What `Spread.of_all` says, where all replicas have the same devices."""
+
+    def all_of_them(given: list[list[Any]], kept: list[list[Any]], shared: list[Any]) -> list[Any]:
+        stacked = ([jnp.stack(xs) for xs in zip(*rows, strict=True)] for rows in (given, kept))
+        outcome = mapped(*stacked, shared)
+        return [jax.tree.map(lambda x, i=i: x[i], outcome) for i in range(n)]
+
+    return jax.jit(all_of_them, donate_argnums=0, out_shardings=None if out_shardings is None else [out_shardings] * n)

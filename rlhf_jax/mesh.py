@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
@@ -13,6 +14,9 @@ from rlhf_jax.errors import UserError
 
 AXES = ("data", "pipeline", "fsdp", "expert", "sequence", "tensor")
 """The mesh's axes; the later one stands, the nearer are the devices that exchange along it."""
+
+REPLICA = "replica"
+"""The axis of the mesh of a sweep's runs, in front of the others."""
 
 Decode = Literal["gathered", "split"]
 
@@ -38,6 +42,9 @@ class MeshConfig:
     """Parts that pass through the stages one after another (GPipe): a multiple of `pipeline` that divides the rows of
     a (micro)batch on a device. None: the largest such one up to 4 × `pipeline`, which leaves a fifth of the time idle
     at most."""
+    replica: int = 1
+    """Of a sweep: the devices are split into so many groups, each with its share of the runs on a mesh of its own,
+    which the other axes make. A single run has none."""
     decode: Decode = "gathered"
     """Where weights lie while a policy samples. gathered: once before the first token each device gets whole
     kernels, in the type that products take, split by tensor and expert alone. split: they stay as far apart as in
@@ -49,16 +56,20 @@ class MeshConfig:
                 raise ValueError(f"mesh.{name} must be at least 1, or -1 to fill, got {size}")
         if sum(size == -1 for size in self._sizes().values()) > 1:
             raise ValueError("mesh: only one axis may be -1")
+        if self.replica < 1:
+            raise ValueError(f"mesh.replica must be at least 1, got {self.replica}")
         if self.pipeline_microbatches is not None and self.pipeline_microbatches < 1:
             raise ValueError(f"mesh.pipeline_microbatches must be at least 1, got {self.pipeline_microbatches}")
 
     @property
     def fixed_devices(self) -> int:
         """Devices asked for by the axes that are not -1."""
-        return math.prod(size for size in self._sizes().values() if size != -1)
+        return self.replica * math.prod(size for size in self._sizes().values() if size != -1)
 
     def resolve(self, devices: int) -> dict[str, int]:
-        """Size of each axis on so many devices."""
+        """Size of each axis on so many devices, of one run."""
+        if self.replica > 1:
+            raise UserError(f"mesh.replica={self.replica} splits the runs of a sweep; one run has none: leave it 1")
         sizes = self._sizes()
         if -1 not in sizes.values() and self.fixed_devices != devices:
             raise UserError(f"mesh asks for {self.fixed_devices} devices, {devices} found; set one axis to -1 to fill")
@@ -107,6 +118,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     mesh = Mesh(grid, tuple(sizes), axis_types=types)
     _CONFIGS[mesh] = config
     return mesh
+
+
+def replica_meshes(config: MeshConfig, devices: Sequence[Any]) -> tuple[Mesh, list[Mesh]]:
+    """The mesh of all replicas, with the axis REPLICA in front, and each group's, a run of the devices.
+
+    Raises UserError where the devices do not make such groups.
+    """
+    if len(devices) % config.replica:
+        raise UserError(
+            f"mesh.replica={config.replica} does not divide the {len(devices)} devices found; "
+            f"{one_of(divisors(len(devices)))} would"
+        )
+    size, own = len(devices) // config.replica, replace(config, replica=1)
+    try:
+        groups = [make_mesh(own, devices[start : start + size]) for start in range(0, len(devices), size)]
+    except UserError as error:
+        raise UserError(f"{error} (in each of the {config.replica} groups of mesh.replica)") from None
+    grid = np.stack([mesh.devices for mesh in groups])
+    whole = Mesh(grid, (REPLICA, *groups[0].axis_names), axis_types=(AxisType.Auto,) * grid.ndim)
+    _CONFIGS[whole] = own
+    return whole, groups
 
 
 def slice_index(device: Any) -> int:

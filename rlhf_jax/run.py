@@ -87,17 +87,19 @@ def run(
     began: float | None = None,
     before: Callable[[str], None] = lambda stage: None,
     draws: bool = True,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Run every stage that is not finished yet, or whose files are damaged; returns what summary.json holds.
 
     The summary's seconds count from `began`, a reading of time.monotonic(), or from this call. `before` is called with
     each stage's name before it is looked at; with `draws` False there is no report.html until `rlhf-jax report`.
+    `mesh` is that of a part of the devices, of the experiment's axes; None: all of them.
 
     Every process of the run calls it, and process 0 writes. Raises UserError before anything is written where the
     experiment cannot run, is another one in another process, or the workdir belongs to another one.
     """
     began = time.monotonic() if began is None else began
-    check(experiment, workdir)
+    check(experiment, workdir, mesh)
     config = to_dict(experiment)
     _check_agreement({**config, "versions": versions()})
     with _locked(workdir, config) if hosts.is_writer() else contextlib.nullcontext(), terminable():
@@ -109,7 +111,7 @@ def run(
         else:
             if hosts.is_writer() and not (workdir / "config.json").exists():
                 write_json(workdir / "config.json", {"experiment": config, **provenance(command)})
-            _train(experiment, workdir, began, before)
+            _train(experiment, workdir, began, before, mesh)
         return hosts.from_writer(lambda: _summary(workdir, draws=draws))
 
 
@@ -147,9 +149,10 @@ def params_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-def check(experiment: Experiment, workdir: Path) -> None:
+def check(experiment: Experiment, workdir: Path, mesh: Mesh | None = None) -> None:
     """Raise UserError, before anything is compiled or written, for all that can be wrong but what is in the workdir."""
-    validate(experiment, start_backend(experiment.mesh))
+    devices = start_backend(experiment.mesh)
+    validate(experiment, devices if mesh is None else mesh.size)
     check_inputs(experiment)
     for name, stage in experiment.stages.items():
         if type(stage) not in STAGES:
@@ -157,7 +160,7 @@ def check(experiment: Experiment, workdir: Path) -> None:
             raise UserError(f"stages.{name}: {type(stage).__name__} is no stage's Config; there are {known}")
     # The shapes of the parameters, without parameters.
     boxed = jax.eval_shape(lambda: models.init(experiment.model.spec, jax.random.key(0)))
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = mesh or sharding.make_mesh(experiment.mesh)
     attention.check(experiment.model.spec, mesh.devices.flat[0].platform)
     sharding.shardings(mesh, boxed)
     for name, stage in experiment.stages.items():
@@ -223,9 +226,11 @@ def _is_complete(workdir: Path, experiment: Experiment) -> bool:
     return set(experiment.stages) <= set(whole_json(workdir / "summary.json") or ())
 
 
-def _train(experiment: Experiment, workdir: Path, began: float, before: Callable[[str], None]) -> None:
+def _train(
+    experiment: Experiment, workdir: Path, began: float, before: Callable[[str], None], mesh: Mesh | None
+) -> None:
     with records.session(workdir, began) as stage_seconds:
-        mesh = sharding.make_mesh(experiment.mesh)
+        mesh = mesh or sharding.make_mesh(experiment.mesh)
         context = Context(
             workdir=workdir,
             seed=experiment.seed,

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.mesh import AXES as AXES
-from rlhf_jax.mesh import Decode, batch_shards, check_rows, choices, divisors, one_of
+from rlhf_jax.mesh import REPLICA, Decode, batch_shards, check_rows, choices, divisors, one_of
 from rlhf_jax.mesh import MeshConfig as MeshConfig
 from rlhf_jax.mesh import make_mesh as make_mesh
 from rlhf_jax.mesh import row_multiple as row_multiple
@@ -262,6 +262,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over the batch axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+@contextlib.contextmanager
+def scope_of_all(whole: Mesh) -> Iterator[None]:
+    """Where a program of all replicas, on their mesh, is traced: a `scope` where that of one would be in one."""
+    with contextlib.nullcontext() if _SCOPE.get() is None else scope(whole):
+        yield
+
+
+def in_scope_of(mesh: Mesh) -> bool:
+    """Whether `scope` is this mesh's, or nobody's."""
+    here = _SCOPE.get()
+    return here is None or here.mesh == mesh
+
+
+def stacked(place: NamedSharding) -> NamedSharding:
+    """The layout of arrays that lie so, stacked: no mesh axis splits the axis in front."""
+    return NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+
+
+def of_replicas(whole: Mesh, place: NamedSharding) -> NamedSharding:
+    """The layout of arrays of all replicas, stacked, each of which lies so on the mesh of its group."""
+    return NamedSharding(whole, PartitionSpec(REPLICA, *place.spec))
+
+
+def of_one_replica(mesh: Mesh, place: NamedSharding) -> NamedSharding:
+    """The layout of one of the stacked arrays on the mesh of its group."""
+    return NamedSharding(mesh, PartitionSpec(*place.spec[1:]))
+
+
+def by_replica(x: jax.Array, whole: Mesh) -> jax.Array:
+    """Hold the axis in front of a stacked array to the groups; how they split the others is the compiler's choice."""
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(whole, PartitionSpec(REPLICA, *rest)))
 
 
 def on_grid(devices: np.ndarray, axes: Sequence[tuple[int, ...]]) -> NamedSharding:

@@ -25,15 +25,26 @@ Train the stages of an experiment, in order. The same command again goes on wher
 
 SWEEP_USAGE = """usage: rlhf-jax sweep CONFIG --seeds N [--vary FIELD=A,B …] [--to DIR] [--FIELD VALUE …]
 
-Train an experiment with every seed and every combination of values, each in a workdir of its own below DIR, and put
-figures and curves over seeds into DIR/report.html and DIR/summary.json. The same command again goes on.
+Train an experiment with every seed and every combination of values, and compare these.
 
   rlhf-jax sweep configs/quickstart.py --seeds 8 --vary stages.ppo.kl.coef=0.01,0.05,0.2
+
+makes 24 runs: three prices of KL, each with the seeds 0 to 7. Stages before PPO do not see the price, so they are
+trained once a seed. Below runs/quickstart-sweep each run is a workdir, such as seed=0,kl.coef=0.05; report.html there
+says which price is best, with means, standard errors and curves over seeds, and summary.json has the same figures.
+After a kill the same command goes on.
+
+  … --seeds 4 --vary stages.ppo.kl.coef=0.01,0.05 --vary stages.ppo.lam=0.9,1.0     every price with every λ: 16 runs
+  … --seeds 8 --stages.ppo.steps 20                                                 a field changed for all runs
+  … --seeds 8 --mesh.replica 4                                                      on 4 groups of devices, 2 runs each
+
   --seeds       how many, from the experiment's own seed on (1)
   --vary        a field that is a number, and its values; each further --vary multiplies the runs
   --to          the folder (runs/<name of the config>-sweep)
   --calls       vmap: the compiled calls of all runs at once; turns: one after another, by one program for all;
                 auto (the default): turns on a CPU, whose cores one run fills, else vmap
+  --mesh.replica  groups that the devices are split into, each with its share of the runs (1); it must divide the
+                devices and the number of runs
   --FIELD       any field of the experiment, for all runs; `rlhf-jax run CONFIG --help` lists them
 """
 

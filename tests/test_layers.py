@@ -17,7 +17,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 LAYERS = (
     ("types", "errors", "files", "digests", "cache", "numerics", "masking", "memory", "hosts", "lockstep"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
-    ("mesh", "models", "interop", "sharding", "transfer", "placement", "sampling", "rewards", "data"),
+    ("mesh", "models", "interop", "sharding", "transfer", "placement", "replicas", "sampling", "rewards", "data"),
     ("guard", "optim", "train_step", "checkpoint", "metrics"),
     ("algorithms", "evals", "report"),
     ("config", "provenance", "records", "run", "usage", "cli", "inference", "plan", "sweep", "bench"),

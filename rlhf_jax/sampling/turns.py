@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.lockstep import any_replica
 from rlhf_jax.models import Cache
 from rlhf_jax.models.kv_cache import rows_axis
 from rlhf_jax.numerics import require
@@ -122,7 +123,12 @@ def nothing(like: Drawn, rows: int, length: int) -> Drawn:
 
 @decoding()
 def _until(turns: Turns, step: Step, before: Prefilled, progress: Progress, *, copies: int, most: int) -> Progress:
-    """Until no row waits, and of each shard at most so many are on their way."""
+    """Until no row waits, and of each shard at most so many are on their way.
+
+    Replicas of a sweep take each step together: who has room, or is done, goes on with what is on its way until none
+    is without. That costs each a few empty slots. Conditions of their own would cost, at every token, a choice for
+    each replica between its old cache and its new one, and its place in the ring would be its own.
+    """
     shards, width = len(progress.begun), len(progress.slots.row)
     each, length = len(progress.lengths) // shards, progress.drawn.tokens.shape[1]
     wanted = max(1, int(turns.refill * width / shards))
@@ -153,9 +159,9 @@ def _until(turns: Turns, step: Step, before: Prefilled, progress: Progress, *, c
         return p._replace(slots=slots, place=(p.place + 1) % length)
 
     def turn(p: Progress) -> Progress:
-        return jax.lax.while_loop(no_room, token, _filled(_put_down(p), before, copies))
+        return jax.lax.while_loop(lambda p: any_replica(no_room(p)), token, _filled(_put_down(p), before, copies))
 
-    return jax.lax.while_loop(unfinished, turn, progress)
+    return jax.lax.while_loop(lambda p: any_replica(unfinished(p)), turn, progress)
 
 
 def _empty(before: Prefilled, like: Drawn, width: int, rows: int, length: int) -> Slots:

@@ -1,6 +1,7 @@
 """What a sweep runs: every combination of the varied values, with every seed, each an experiment of its own."""
 
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -18,7 +19,10 @@ Value = int | float
 Values = dict[str, Value]
 """Of each varied field, by its path in the experiment."""
 
-_BARRED = {"seed": "--seeds says how many seeds there are", "mesh": "all runs of a sweep are on one mesh"}
+_BARRED = {
+    "seed": "--seeds says how many seeds there are",
+    "mesh": "all runs of a sweep have the same axes",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Setting:
 def settings(experiment: Experiment, seeds: int, varied: Sequence[str]) -> list[Setting]:
     """All runs, the seeds of a combination after one another; seeds count from the experiment's.
 
+    Each is on the mesh of one group of `mesh.replica`.
     `varied` are words such as "stages.ppo.kl.coef=0.01,0.05". Raises UserError, one line, for what they cannot say.
     """
     if seeds < 1:
@@ -54,6 +59,7 @@ def settings(experiment: Experiment, seeds: int, varied: Sequence[str]) -> list[
         if path in grid:
             raise UserError(f"--vary {path}: is named twice; give its values behind one another")
         grid[path] = values
+    experiment = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, replica=1))
     found = []
     for combination in itertools.product(*grid.values()):
         values, changed = dict(zip(grid, combination, strict=True)), experiment
@@ -123,8 +129,9 @@ def _kind(experiment: Experiment, path: str) -> type:
     for depth, name in enumerate(names):
         there = list(inside) if isinstance(inside, Mapping) else _fields(inside)
         if name not in there:
-            where = ".".join(names[:depth]) or "the experiment"
-            has = f"it has {', '.join(map(str, there))}" if there else "it has no fields"
+            where, close = ".".join(names[:depth]) or "the experiment", difflib.get_close_matches(name, there, n=1)
+            has = f"it has {', '.join(there)}" if there else "it has no fields"
+            has = f"did you mean {close[0]!r}?" if close else has
             raise UserError(f"--vary {path}: {where} has no field {name!r}; {has}")
         if depth == len(names) - 1 and not isinstance(inside, Mapping):
             hint = typing.get_type_hints(type(inside))[name]

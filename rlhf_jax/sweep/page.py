@@ -1,7 +1,8 @@
-"""The page of a sweep: its figures, and of each stage every metric by step, a line a combination, mean and interval."""
+"""The page of a sweep: its settings best first, every figure of each, and every metric by step, mean and interval."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,31 +10,44 @@ from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.report import canvas
 from rlhf_jax.report.assets import STYLE
 from rlhf_jax.report.labels import label
-from rlhf_jax.report.text import escape
+from rlhf_jax.report.text import escape, figure_text
 from rlhf_jax.report.workdir import Stage
 from rlhf_jax.sweep.grid import Setting, short
-from rlhf_jax.sweep.summary import by_values, half_width, summarise, table
+from rlhf_jax.sweep.summary import (
+    READINGS,
+    by_values,
+    half_width,
+    main_reading,
+    ranked,
+    stages_of,
+    summarise,
+    telling,
+    told_figure,
+)
 
 _SKIPPED = ("tokens_per_second",)
 _COLORS = tuple(canvas.PALETTE[name] for name in ("after", "gold", "score", "kl", "before", "ink"))
 _DASHES = ("-", "--", ":", "-.")
+_NO_VALUES = "as in the config"
+
+Row = dict[str, Any]
+"""A summary, or of its rows one: a setting with its figures."""
 
 
 def render(folder: Path, runs: Sequence[Setting]) -> str:
     """The whole page, which reads nothing from anywhere else; of an unfinished sweep what there is."""
-    name, stages = escape(folder.resolve().name), list(runs[0].experiment.stages)
+    name, summary = escape(folder.resolve().name), summarise(runs, folder)
     rows = {one.label: _rows(folder / one.label / "metrics.jsonl") for one in runs}
-    lines = "\n".join(table(summarise(runs, folder)))
+    stages = list(runs[0].experiment.stages)
     sections = "".join(_section(stage, number, runs, rows) for number, stage in enumerate(stages))
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    told = "Lines are means over seeds, shaded: their 95% intervals (Student's t), of the runs that got to a step."
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}: RLHF sweep</title>\n<style>{STYLE}</style>\n</head>\n<body>"
-        f'<header><h1>{name}</h1><p class="muted">{len(runs)} runs. {told}</p></header>'
-        f'<main><section id="figures"><h2>Figures</h2><pre>{escape(lines)}</pre></section>{sections}</main>'
+        f"<header><h1>{name}</h1>{_facts(runs, summary)}</header>"
+        f"<main>{_results(summary)}{_figures(summary)}{sections}</main>"
         "\n</body>\n</html>\n"
     )
 
@@ -42,17 +56,113 @@ def _rows(path: Path) -> list[dict]:
     return read_jsonl(path) if path.exists() else []
 
 
+def _named(values: Mapping[str, Any]) -> str:
+    """A setting in words."""
+    return ", ".join(f"{name} {values[path]}" for path, name in short(values).items()) or _NO_VALUES
+
+
+def _facts(runs: Sequence[Setting], summary: Row) -> str:
+    """What is varied, how many runs there are, and which are not finished."""
+    seeds = sorted({one.experiment.seed for one in runs})
+    vary = {path: dict.fromkeys(str(one.values[path]) for one in runs) for path in runs[0].values}
+    settings = "1 setting" if not runs[0].values else f"{len(summary['rows'])} settings, each"
+    of_seeds = f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"seed {seeds[0]}"
+    lines = [
+        f"{len(runs)} runs: {settings} with {of_seeds}, of the stages {', '.join(runs[0].experiment.stages)}.",
+        *(f"Varied: {path} = {', '.join(values)}." for path, values in vary.items()),
+    ]
+    left = [
+        f"{_named(row['values'])}: seeds {', '.join(map(str, row['unfinished']))}"
+        for row in summary["rows"]
+        if row["unfinished"]
+    ]
+    notice = f'<p class="notice">Unfinished, and not in the tables: {escape("; ".join(left))}.</p>' if left else ""
+    return "".join(f'<p class="muted">{escape(line)}</p>' for line in lines) + notice
+
+
+def _results(summary: Row) -> str:
+    """The settings by the main reading, best first, with standard error, interval and number of seeds."""
+    main = main_reading(summary)
+    if main is None:
+        return ""
+    stage, name = main
+    known, better = label(name.removesuffix("_after")), "more" if READINGS[name] > 0 else "less"
+    after = " at the end" if name.endswith("_after") else ""
+    fields = list(short(summary["rows"][0]["values"]).values()) or ["setting"]
+    heads = [*fields, "mean", "standard error", "95% interval", "seeds"]
+    lines = [_result(row, row[stage].get(name)) for row in ranked(summary)]
+    unit = f" ({escape(known.unit)})" if known.unit else ""
+    apart = "; settings whose intervals overlap much are not told apart by these seeds" if len(lines) > 1 else ""
+    return (
+        f'<section id="results"><h2>Results</h2><p>Settings by the {escape(known.title)}{unit} of stage '
+        f"{escape(stage)}{after}, best first: {better} is better. Mean over seeds, its standard error, and its 95% "
+        f"interval by Student's t{apart}.</p>{_html_table(heads, lines)}</section>"
+    )
+
+
+def _result(row: Row, figure: Mapping[str, float] | None) -> list[str]:
+    values = [str(value) for value in row["values"].values()] or [_NO_VALUES]
+    if figure is None:
+        return [*values, "–", "–", "–", "0"]
+    error = figure_text(figure["se"]) if "se" in figure else "–"
+    interval = f"{figure_text(figure['low'])} to {figure_text(figure['high'])}" if "se" in figure else "–"
+    return [*values, figure_text(figure["mean"]), error, interval, str(len(row["seeds"]))]
+
+
+def _figures(summary: Row) -> str:
+    """Of each stage every figure that says something, a column a setting."""
+    rows = [row for row in ranked(summary) if row["seeds"]]
+    parts = []
+    for stage in stages_of(summary):
+        lines = []
+        for name in telling(summary, stage):
+            known = label(name.removesuffix("_before").removesuffix("_after"))
+            when = next((f" {when}" for when in ("before", "after") if name.endswith(f"_{when}")), "")
+            unit = f" ({known.unit})" if known.unit else ""
+            cells = [told_figure(row[stage][name]) if name in row[stage] else "–" for row in rows]
+            lines.append([f"{known.title}{when}{unit}", *cells])
+        if lines:
+            heads = ["figure", *(_named(row["values"]) for row in rows)]
+            parts.append(f"<h3>{escape(stage)}</h3>{_html_table(heads, lines)}")
+    if not parts:
+        return ""
+    told = "Mean ± standard error over seeds, settings in the order above; what is the same in all runs is left out."
+    return f'<section id="figures"><h2>Figures of each stage</h2><p class="muted">{told}</p>{"".join(parts)}</section>'
+
+
+def _html_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Of texts; all columns but the first are numbers."""
+    kinds = ["", *[' class="number"'] * (len(heads) - 1)]
+    top = "".join(f"<th{kind}>{escape(head)}</th>" for kind, head in zip(kinds, heads, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for kind, cell in zip(kinds, line, strict=True))}</tr>"
+        for line in lines
+    )
+    return f'<table class="headline"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
 def _section(stage: str, number: int, runs: Sequence[Setting], rows: dict[str, list[dict]]) -> str:
-    """A stage's figures; nothing where no run has written a line of it."""
+    """A stage's curves; nothing where no run has written a line of it."""
     own = {
         label: Stage(stage, [row for row in some if row["stage"] == stage], [], [], {}, {}, {})
         for label, some in rows.items()
     }
     metrics = dict.fromkeys(name for one in own.values() for name in one.metrics if name not in _SKIPPED)
-    figures = [_figure(name, f"s{number}-{k}", runs, own) for k, name in enumerate(metrics)]
+    told = [name for name in metrics if _varies(name, own)]
+    figures = [_figure(name, f"s{number}-{k}", runs, own) for k, name in enumerate(told)]
     if not figures:
         return ""
-    return f'<section><h2>{escape(stage)}</h2><div class="grid">{"".join(figures)}</div></section>'
+    said = "Lines are means over seeds, shaded: their 95% intervals (Student's t), of the runs that got to a step."
+    return (
+        f'<section><h2>{escape(stage)} by step</h2><p class="muted">{said}</p>'
+        f'<div class="grid">{"".join(figures)}</div></section>'
+    )
+
+
+def _varies(metric: str, stages: dict[str, Stage]) -> bool:
+    """Whether a metric is not one number in all steps of all runs; of a single one it is what there is."""
+    values = np.concatenate([one.series(metric)[1] for one in stages.values()])
+    return len(values) == 1 or len(np.unique(values)) > 1
 
 
 def _figure(metric: str, identifier: str, runs: Sequence[Setting], stages: dict[str, Stage]) -> str:
@@ -64,9 +174,8 @@ def _figure(metric: str, identifier: str, runs: Sequence[Setting], stages: dict[
             continue
         mean, half = _mean_and_half(curves)
         color, dash = _COLORS[turn % len(_COLORS)], _DASHES[turn // len(_COLORS) % len(_DASHES)]
-        named = ", ".join(f"{name} {values[path]}" for path, name in short(values).items())
         style = {"color": color, "linestyle": dash, "marker": "o" if len(steps) < 2 else None}
-        ax.plot(steps, mean, linewidth=1.6, markersize=3.5, label=named or None, **style)
+        ax.plot(steps, mean, linewidth=1.6, markersize=3.5, label=_named(values), **style)
         ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     canvas.name_axes(ax, "step", known.unit)
     if runs[0].values:

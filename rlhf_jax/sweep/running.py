@@ -25,8 +25,10 @@ from rlhf_jax.config import Experiment, differences
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
 from rlhf_jax.files import write_whole
 from rlhf_jax.lockstep import Group, Replica
+from rlhf_jax.mesh import MeshConfig, divisors, one_of
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.records import read_json, say, write_json
+from rlhf_jax.replicas import Groups
 from rlhf_jax.sweep.grid import Setting, described, groups, settings
 from rlhf_jax.sweep.page import render
 from rlhf_jax.sweep.summary import summarise
@@ -55,8 +57,9 @@ def sweep(
     if experiment.wandb:
         raise UserError("wandb: a process sends one run at a time there; leave it False, a sweep writes files alone")
     runs = settings(experiment, seeds, varied)
+    split = _split(experiment.mesh, runs)
     for one in {json.dumps(one.values): one for one in runs}.values():
-        _checked(one, folder)
+        _checked(one, folder, split)
     _claim(folder, described(experiment, seeds, runs))
     vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
     owners: dict[str, Setting] = {}
@@ -67,7 +70,7 @@ def sweep(
     for number, some in enumerate(groups(runs), start=1):
         said = f"runs {len(some)} of {len(runs)}" if len(some) < len(runs) else f"{len(runs)} runs"
         say(f"{folder}: group {number}: {said}, {'at once' if vmapped else 'in turns'}")
-        failed |= _run_group(some, folder, owners, command, vmapped=vmapped)
+        failed |= _run_group(some, folder, owners, command, split, vmapped=vmapped)
     summary = summarise(runs, folder)
     write_json(folder / "summary.json", summary)
     write_whole(folder / "report.html", render(folder, runs))
@@ -76,9 +79,23 @@ def sweep(
     return summary
 
 
-def _checked(one: Setting, folder: Path) -> None:
+def _split(mesh: MeshConfig, runs: Sequence[Setting]) -> Groups | None:
+    """The groups of devices that the runs are split over, if any; UserError where they do not divide so."""
+    devices = single.start_backend(mesh)
+    if mesh.replica == 1:
+        return None
+    for some in groups(runs):
+        if len(some) % mesh.replica:
+            raise UserError(
+                f"mesh.replica={mesh.replica} does not divide {len(some)}, the runs that go together (seeds × "
+                f"combinations of fractions); {one_of(divisors(len(some)))} would"
+            )
+    return Groups(mesh, jax.devices()[:devices])
+
+
+def _checked(one: Setting, folder: Path, split: Groups | None) -> None:
     try:
-        single.check(one.experiment, folder / one.label)
+        single.check(one.experiment, folder / one.label, None if split is None else split.meshes[0])
     except UserError as error:
         values = ", ".join(f"{path}={value}" for path, value in one.values.items())
         raise UserError(f"{error} (--vary {values})" if values else str(error)) from None
@@ -88,7 +105,11 @@ def _claim(folder: Path, this: Mapping[str, Any]) -> None:
     """Make the folder this sweep's; UserError where it is another's."""
     path = folder / SWEEP
     if path.exists():
-        changed = differences(read_json(path), this)
+        found = differences(read_json(path), this)
+        moved = [line for line in found if line.startswith("experiment.mesh.")]
+        changed = [line for line in found if line not in moved]
+        if moved:  # what is saved can be read onto any
+            say(f"{folder} was begun on another mesh: {'; '.join(moved)}")
         if changed:
             raise UserError(f"{folder} is of another sweep: {'; '.join(changed)}. Choose another --to, or those values")
         return
@@ -104,11 +125,19 @@ def _claim(folder: Path, this: Mapping[str, Any]) -> None:
 
 
 def _run_group(
-    runs: Sequence[Setting], folder: Path, owners: Mapping[str, Setting], command: list[str], *, vmapped: bool
+    runs: Sequence[Setting],
+    folder: Path,
+    owners: Mapping[str, Setting],
+    command: list[str],
+    split: Groups | None,
+    *,
+    vmapped: bool,
 ) -> dict[str, BaseException]:
     """Run some in step; what has ended those that did not finish, by their labels."""
-    replicas = {Replica(one.label): one for one in runs}
-    group = Group(list(replicas), vmapped=vmapped)
+    meshes = [None] if split is None else split.meshes
+    # Neighbours, of which each makes a stage that others share, are on different groups.
+    replicas = {Replica(one.label, number % len(meshes)): one for number, one in enumerate(runs)}
+    group = Group(list(replicas), vmapped=vmapped, spread=split)
     by_label = {replica.label: replica for replica in replicas}
 
     def work(replica: Replica) -> None:
@@ -122,7 +151,8 @@ def _run_group(
 
         try:
             began = time.monotonic()
-            single.run(one.experiment, folder / one.label, command, began=began, before=before, draws=False)
+            mesh = meshes[replica.home]
+            single.run(one.experiment, folder / one.label, command, began=began, before=before, draws=False, mesh=mesh)
         except Stopped:
             raise
         except UserError as error:

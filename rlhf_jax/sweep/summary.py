@@ -15,6 +15,13 @@ from rlhf_jax.sweep.grid import Setting, short
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
 
+READINGS = {
+    **dict.fromkeys(("gold_after", "score_after", "best_accuracy", "win_rate", "accuracy", "heldout_accuracy"), 1),
+    **dict.fromkeys(("auc", "heldout_auc", "correlation", "heldout_margin"), 1),
+    **dict.fromkeys(("heldout_loss", "log_loss", "heldout_log_loss", "rmse", "heldout_rmse"), -1),
+}
+"""Figures that say how good a stage's outcome is, the most telling first: 1 where more is better, −1 where less is."""
+
 
 def summarise(runs: Sequence[Setting], folder: Path) -> dict[str, Any]:
     """{"rows": […]}, a row a combination: "values", "seeds", "unfinished", and stage: {figure: {mean, se, low, high}}.
@@ -59,20 +66,77 @@ def half_width(n: int) -> float:
     return _T[n - 2] if n - 2 < len(_T) else 1.96
 
 
+def stages_of(summary: dict[str, Any]) -> list[str]:
+    """The stages that a summary has figures of, in their order."""
+    return [name for name in summary["rows"][0] if name not in ("values", "seeds", "unfinished")]
+
+
+def telling(summary: dict[str, Any], stage: str) -> list[str]:
+    """A stage's figures that say something: ends of intervals are left out, and what is the same in all runs.
+
+    A reading (READINGS) stays, whatever it is; of a single run all do.
+    """
+    rows = [row for row in summary["rows"] if row["seeds"]]
+    names = dict.fromkeys(name for row in rows for name in row[stage])
+
+    def varies(name: str) -> bool:
+        found = [row[stage][name] for row in rows if name in row[stage]]
+        return len({one["mean"] for one in found}) > 1 or any(one.get("se", 0.0) > 0 for one in found)
+
+    is_single = sum(len(row["seeds"]) for row in rows) == 1
+    return [
+        name
+        for name in names
+        if not name.endswith(("_low", "_high")) and (is_single or name in READINGS or varies(name))
+    ]
+
+
+def main_reading(summary: dict[str, Any]) -> tuple[str, str] | None:
+    """The stage and the figure by which settings are put in order: a reading of the last stage that has one."""
+    rows = [row for row in summary["rows"] if row["seeds"]]
+    for stage in reversed(stages_of(summary)):
+        for name in READINGS:
+            if rows and all(name in row[stage] for row in rows):
+                return stage, name
+    return None
+
+
+def ranked(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, best first by the main reading; those without a finished run last, ties as they were."""
+    main = main_reading(summary)
+    if main is None:
+        return summary["rows"]
+    stage, name = main
+
+    def place(row: dict[str, Any]) -> tuple[bool, float]:
+        return not row["seeds"], -READINGS[name] * row[stage][name]["mean"] if row["seeds"] else 0.0
+
+    return sorted(summary["rows"], key=place)
+
+
 def table(summary: dict[str, Any]) -> list[str]:
-    """Lines for a terminal: a block a stage, a row a combination, the mean ± half its interval."""
-    rows, lines = summary["rows"], list[str]()
+    """Lines for a terminal: a block a stage, a row a combination, best first, each mean ± its standard error."""
+    rows, main = ranked(summary), main_reading(summary)
     names = short(rows[0]["values"])
-    stages = [name for name, value in rows[0].items() if name not in ("values", "seeds", "unfinished")]
-    for stage in stages:
-        names_of = dict.fromkeys(name for row in rows for name in row[stage])
-        figures = [name for name in names_of if not name.endswith(("_low", "_high"))]
+    by = "" if main is None else f"; best first by {main[0]}'s {main[1]}"
+    lines = [f"mean ± standard error over seeds{by}", ""]
+    for stage in stages_of(summary):
+        figures = telling(summary, stage)
         cells = [[*names.values(), "seeds", *figures]]
         for row in rows:
-            told = [_told(row[stage][name]) if name in row[stage] else "-" for name in figures]
+            told = [told_figure(row[stage][name]) if name in row[stage] else "-" for name in figures]
             cells.append([*(str(row["values"][path]) for path in names), str(len(row["seeds"])), *told])
         lines += [stage, *_aligned(_transposed(cells) if len(cells[0]) > len(cells) + 4 else cells), ""]
     return lines
+
+
+def told_figure(figure: dict[str, float]) -> str:
+    """A mean, with its standard error where it has one that is not 0.
+
+    >>> told_figure({"mean": 0.51234, "se": 0.0123}), told_figure({"mean": 8.0, "se": 0.0}), told_figure({"mean": 2.0})
+    ('0.5123 ± 0.012', '8', '2')
+    """
+    return f"{figure['mean']:.4g}" + (f" ± {figure['se']:.2g}" if figure.get("se") else "")
 
 
 def _figures(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -80,10 +144,6 @@ def _figures(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]
     found = {name: [number(one.get(name)) for one in summaries] for name in names}
     whole = {name: [value for value in values if value is not None] for name, values in found.items()}
     return {name: over_seeds(values) for name, values in whole.items() if len(values) == len(summaries)}
-
-
-def _told(figure: dict[str, float]) -> str:
-    return f"{figure['mean']:.4g}" + (f" ± {figure['high'] - figure['mean']:.2g}" if "high" in figure else "")
 
 
 def _transposed(cells: list[list[str]]) -> list[list[str]]:

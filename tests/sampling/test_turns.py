@@ -1,6 +1,7 @@
 """Rows that take turns: every completion as it is without, by a script and by a model, and what they cost."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,6 +66,43 @@ def test_skewed_lengths_cost_little_more_than_their_tokens():
     _, widths = scripted(Turns(64, 2), lengths)
     assert sum(widths) <= 1.25 * lengths.sum()
     assert 512 * lengths.max() > 3.5 * lengths.sum()  # what all at once would
+
+
+def test_replicas_take_each_step_together_and_write_what_each_would_alone(params):
+    """Under vmap, as in a sweep: with one place in the ring for all, so that no cache is chosen at a token."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    prompts = jnp.asarray(np.random.default_rng(0).integers(3, 48, (24, 6)))
+
+    def program(key):
+        return generate(
+            *(SPEC, params, prompts, jnp.ones_like(prompts, bool), key),
+            max_new_tokens=16,
+            sampling=Sampling(temperature=1.3),
+            eos_id=EOS,
+            pad_id=0,
+            turns=Turns(8, 1),
+        )
+
+    mapped = jax.jit(jax.vmap(program))(keys)
+    for number, key in enumerate(keys):
+        alone = jax.jit(program)(key)
+        np.testing.assert_array_equal(mapped.tokens[number], alone.tokens)
+        np.testing.assert_array_equal(mapped.completion_mask[number], alone.completion_mask)
+        np.testing.assert_allclose(mapped.logps[number], alone.logps, atol=1e-5)
+    loops = list(_loops(jax.make_jaxpr(jax.vmap(program))(keys).jaxpr))
+    assert len(loops) == 4  # two widths, each with one loop inside another
+    # A condition of each replica's own would make of the place in the ring one of each, too.
+    assert all(any(out.aval.shape == () for out in loop.outvars) for loop in loops)
+
+
+def _loops(jaxpr):
+    """All of a program's loops of unknown length, with those inside others."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation
+        for value in equation.params.values():
+            if isinstance(value, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                yield from _loops(value.jaxpr if isinstance(value, jax.extend.core.ClosedJaxpr) else value)
 
 
 def completions(params, *, rows=24, same=3, mesh=None, spec=SPEC, **options):

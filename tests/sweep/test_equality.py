@@ -4,10 +4,15 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.mesh import MeshConfig
 from rlhf_jax.metrics import read_jsonl
+from rlhf_jax.plan.collectives import collectives
+from rlhf_jax.plan.hlo import parse
+from rlhf_jax.replicas import Groups
 from tests.faults import CONFIG, Faulty
 
 # Adam's eps as in the meshes' tests: near 0 a gradient's last bit is the sign of a step.
@@ -23,15 +28,22 @@ SHORT = (
 
 MORE = """
 import dataclasses
+from pathlib import Path
 from rlhf_jax.algorithms import best_of_n, compare, distill, offline, online_preference, policy, preference
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_methods import Filtered
+from rlhf_jax.algorithms.onpolicy import ValueHead
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.preference_losses import Term
 from rlhf_jax.data.sources import FromStage
-from rlhf_jax.kl import FixedKL
+from rlhf_jax.models.spec import Lora
+from rlhf_jax.rewards.python import PythonReward
+from rlhf_jax.rewards.verifiers import AnswerChecker
+from rlhf_jax.sampling import Turns
+from rlhf_jax.sharding import MeshConfig
 
+HERE = Path(__file__).parent
 _whole = get_config
 
 
@@ -45,7 +57,11 @@ def get_config():
     offline_rows = {"row_length": 32, "completion_tokens": 12, "evaluation_prompts": 16}
     best = best_of_n.Config(policy="sft", reward="reward_model", n=4, keep=2, prompts=16, completion_tokens=12,
                             evaluation_prompts=16, batch_size=16)
+    sums = {"data": Jsonl(HERE / "sums.jsonl", heldout=0.5)}
     more = {
+        "checked": policy.Config(**{**on_policy, **sums, "reward": AnswerChecker(), "turns": Turns(4, 1)},
+                                 **METHODS["grpo"] | {"group_size": 4}),
+        "counted": ppo.Config(**{**on_policy, **sums, "reward": PythonReward(HERE / "mine.py")}, critic=ValueHead()),
         "grpo": policy.Config(**on_policy, **METHODS["grpo"] | {"group_size": 4}),
         "trpo": policy.Config(**{**on_policy, "minibatches": 1}, **METHODS["trpo"]),
         "online": online_preference.Config(policy="sft", reward="reward_model", exact_kl_rows=8, **sampled),
@@ -58,29 +74,41 @@ def get_config():
         "distilled": distill.Config(student="sft", teacher="ppo", **sampled),
         "read": compare.Config(policy="filtered", reward="reward_model", completion_tokens=12, evaluation_prompts=16),
     }
-    return dataclasses.replace(whole, stages={**whole.stages, **{name: more[name] for name in ALSO}})
+    model = Scratch(dataclasses.replace(whole.model.spec, lora=LORA))
+    stages = {**whole.stages, **{name: more[name] for name in ALSO}}
+    return dataclasses.replace(whole, model=model, mesh=MESH, stages=stages)
 """
 
 SCRIPT = """
 import sys
 from pathlib import Path
+import jax
 from rlhf_jax.config import load_config
-from rlhf_jax.run import run
+from rlhf_jax.replicas import Groups
+from rlhf_jax.run import run, start_backend
 from rlhf_jax.sweep import sweep
 from rlhf_jax.sweep.grid import settings
 
 config, folder, seeds, each, *varied = sys.argv[1:]
 experiment, folder = load_config(config), Path(folder)
+start_backend(experiment.mesh)
 for name, vmapped in (("vmap", True), ("turns", False)):
     sweep(experiment, int(seeds), varied, folder / name, [], vmapped=vmapped)
+mesh = Groups(experiment.mesh, jax.devices()).meshes[0]
 for one in settings(experiment, int(seeds), varied)[:: int(each)]:
-    run(one.experiment, folder / "single" / one.label, [], draws=False)
+    run(one.experiment, folder / "single" / one.label, [], draws=False, mesh=mesh)
 """
 
 
-def swept(folder, stages, seeds, *varied, also=(), each=1):
+def swept(folder, stages, seeds, *varied, also=(), lora="None", mesh="MeshConfig()", each=1, flags=""):
     """Every `each`th single run, with those of the two sweeps, after a process that makes all; what it said."""
-    faulty = Faulty(folder, *stages, config=f"{SHORT}\n{MORE}\nALSO = {also}\n" if also else SHORT)
+    faulty = Faulty(folder, *stages, config=f"{SHORT}\n{MORE}\nALSO, LORA, MESH = {also}, {lora}, {mesh}\n")
+    faulty.env["XLA_FLAGS"] = flags
+    sums = [{"prompt": f"the sum of {n} and 3 is", "answer": n + 3} for n in range(32)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    (folder / "mine.py").write_text(
+        "def reward(prompts, completions, metadata):\n    return [len(set(text)) / 10 for text in completions]\n"
+    )
     command = [sys.executable, "-c", SCRIPT, str(folder / "tiny.py"), str(folder), str(seeds), str(each), *varied]
     done = subprocess.run(command, env=faulty.env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -143,3 +171,46 @@ def test_every_stage_of_the_table_of_methods(tmp_path):
     also = ("grpo", "trpo", "online", "dpo", "kto", "best", "ilql", "filtered", "distilled", "read")
     runs, _ = swept(tmp_path, ("sft", "reward_model", "ppo"), 2, also=also)
     check(runs, [])
+
+
+@pytest.mark.slow
+def test_adapters_a_function_of_texts_and_rows_that_take_turns(tmp_path):
+    """With a program's state between the two halves of an iteration, and a frozen base that all networks share."""
+    runs, _ = swept(tmp_path, ("sft",), 2, also=("checked", "counted"), lora="Lora(rank=2)")
+    check(runs, [])
+
+
+@pytest.mark.slow
+def test_a_mesh_that_every_run_has_the_whole_of(tmp_path):
+    runs, _ = swept(tmp_path, ("sft", "reward_model", "ppo"), 2, mesh="MeshConfig(data=1, fsdp=2, tensor=2)")
+    check(runs, [])
+
+
+def check_apart(folder, mesh):
+    """Of the programs of all replicas, dumped there: nothing is sent along their axis but a loop's condition."""
+    paths = list(folder.glob("*of_groups.cpu_after_optimizations.txt"))
+    assert len(paths) > 5
+    for path in paths:
+        module = parse(path.read_text())
+        assert not [one for one in collectives(module, mesh) if "replica" in one.axes]
+        loops = [one for each in module.computations.values() for one in each.values() if one.opcode == "while"]
+        for loop in loops:  # whether any replica still samples
+            sent = [one for one in module.computations[loop.calls["condition"]].values() if one.opcode == "all-reduce"]
+            assert all(one.bytes <= 1 for one in sent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "seeds"),
+    [("MeshConfig(data=1, replica=4)", 4), ("MeshConfig(data=1, fsdp=2, replica=2)", 4)],
+)
+def test_runs_that_are_split_over_groups_of_devices(tmp_path, mesh, seeds):
+    """Each is its single run on such devices, and between groups nothing is sent that is an array of a replica."""
+    dumped = tmp_path / "dumped"
+    flags = f"--xla_dump_to={dumped} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*of_groups.*"
+    runs, said = swept(tmp_path, ("sft", "reward_model", "ppo"), seeds, mesh=mesh, each=seeds - 1, flags=flags)
+    check(runs, [])
+    [told] = [line for line in said.splitlines() if "made at once" in line]
+    calls, at_once = int(told.split("of ")[1].split()[0]), int(told.split()[-5])
+    assert calls - at_once <= seeds, told  # but a call of each: a reward model's new head has its key compiled in
+    check_apart(dumped, Groups(eval(mesh, {"MeshConfig": MeshConfig}), jax.devices()[:4]).whole)

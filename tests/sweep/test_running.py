@@ -14,6 +14,7 @@ from rlhf_jax import lockstep, run
 from rlhf_jax.algorithms.loop import Loop
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
+from rlhf_jax.mesh import MeshConfig
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.sweep import sweep, table
 from tests import toys
@@ -149,6 +150,9 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(stages, tm
 def test_what_cannot_run_is_told_before_anything_is_written(stages, tmp_path):
     said = refused(2, ["stages.sft.length=16,100"], tmp_path / "all")
     assert "stages.sft.length: 100 tokens" in said and "--vary stages.sft.length=100" in said
+    said = refused(3, [], tmp_path / "all", mesh=MeshConfig(replica=2))
+    assert said.startswith("mesh.replica=2 does not divide 3, the runs that go together") and "1 or 3 would" in said
+    assert "does not divide the 8 devices" in refused(3, [], tmp_path / "all", mesh=MeshConfig(replica=3))
     assert refused(2, [], tmp_path / "all", wandb=True).startswith("wandb: a process sends one run")
     assert not (tmp_path / "all").exists() and stages.trained == []
 
