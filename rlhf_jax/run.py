@@ -332,15 +332,22 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
 
 @contextlib.contextmanager
 def _locked(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """The workdir, made where it is missing and held against other runs; the system lets go when a process dies.
-
-    Between hosts it holds where their file system has flock (NFS 4, Lustre with -o flock, GPFS).
-    """
+    """The workdir, made where it is missing and `held`."""
     _check_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
+    with held(workdir):
+        yield
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """A folder held against other runs; the system lets go when a process dies.
+
+    Between hosts it holds where their file system has flock (NFS 4, Lustre with -o flock, GPFS).
+    """
     with (workdir / _LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

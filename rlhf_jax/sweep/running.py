@@ -30,6 +30,7 @@ from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.records import read_json, say, write_json
 from rlhf_jax.replicas import Groups
 from rlhf_jax.sweep.grid import Setting, described, groups, settings
+from rlhf_jax.sweep.leveling import level
 from rlhf_jax.sweep.page import render
 from rlhf_jax.sweep.summary import summarise
 
@@ -62,6 +63,20 @@ def sweep(
         _checked(one, folder, split)
     _claim(folder, described(experiment, seeds, runs))
     vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
+    with single.held(folder):
+        failed = _run_groups(runs, folder, command, split, vmapped=vmapped)
+        summary = summarise(runs, folder)
+        write_json(folder / "summary.json", summary)
+        write_whole(folder / "report.html", render(folder, runs))
+    say(f"{folder / 'summary.json'} and {folder / 'report.html'} are written")
+    _raise_failures(failed, len(runs))
+    return summary
+
+
+def _run_groups(
+    runs: Sequence[Setting], folder: Path, command: list[str], split: Groups | None, *, vmapped: bool
+) -> dict[str, BaseException]:
+    """Run all, a group after another; what has ended those that did not finish, by their labels."""
     owners: dict[str, Setting] = {}
     for one in runs:
         for stage in one.experiment.stages:
@@ -70,13 +85,10 @@ def sweep(
     for number, some in enumerate(groups(runs), start=1):
         said = f"runs {len(some)} of {len(runs)}" if len(some) < len(runs) else f"{len(runs)} runs"
         say(f"{folder}: group {number}: {said}, {'at once' if vmapped else 'in turns'}")
+        if vmapped and not (folder / "summary.json").exists():  # the session before did not end by itself
+            level(some, folder, owners)
         failed |= _run_group(some, folder, owners, command, split, vmapped=vmapped)
-    summary = summarise(runs, folder)
-    write_json(folder / "summary.json", summary)
-    write_whole(folder / "report.html", render(folder, runs))
-    say(f"{folder / 'summary.json'} and {folder / 'report.html'} are written")
-    _raise_failures(failed, len(runs))
-    return summary
+    return failed
 
 
 def _split(mesh: MeshConfig, runs: Sequence[Setting]) -> Groups | None:
