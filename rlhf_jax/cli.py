@@ -293,7 +293,7 @@ def _score(args: list[str]) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         _start()
-        result = inference.score(inference.open_run(a.workdir), a.input, stage=a.stage)
+        result = inference.score(inference.open_scored(a.workdir), a.input, stage=a.stage)
     if a.json:
         print(json.dumps(result))
         return

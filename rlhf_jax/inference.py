@@ -59,6 +59,16 @@ class Run:
         raise UserError(f"{self.context.workdir}: {asked} made a {MAKERS[role][0]}; {there}")
 
 
+def open_scored(workdir: Path) -> Run:
+    """The run in a folder, to score with; UserError for a model without stages too, such as an exported one."""
+    if _is_model(workdir):
+        raise UserError(
+            f"{workdir}: score takes the folder of a run, whose config.json says how long its reward model's rows are "
+            "and what it learnt; an exported model's does not: name the run that it was exported from"
+        )
+    return open_run(workdir)
+
+
 def open_run(workdir: Path) -> Run:
     """The run in a folder, read from its config.json; "bundled", unless there is such a folder, is the package's model.
 
@@ -67,7 +77,7 @@ def open_run(workdir: Path) -> Run:
     """
     if str(workdir) == BUNDLED and not workdir.exists():
         return Run(_context(Experiment(Bundled(), MovieReviews(), {}), workdir), {})
-    if workdir.is_file() or any(workdir.glob("*.safetensors*")):
+    if _is_model(workdir):
         context = _context(Experiment(FromPretrained(str(workdir)), MovieReviews(), {}), workdir)
         if context.model.tokenizer is None:
             raise UserError(f"{workdir}: this model comes without a tokenizer")
@@ -82,6 +92,11 @@ def open_run(workdir: Path) -> Run:
     finished = {name: stage for name, stage in experiment.stages.items() if (workdir / name / "params").is_dir()}
     base = experiment.model.hugging_face if isinstance(experiment.model, FromPretrained) else None
     return Run(_context(experiment, workdir), finished, base)
+
+
+def _is_model(path: Path) -> bool:
+    """Whether it is a .gguf file or a Hugging Face folder, such as `rlhf-jax export` makes."""
+    return path.is_file() or any(path.glob("*.safetensors*"))
 
 
 def sample(

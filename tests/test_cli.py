@@ -191,7 +191,8 @@ class TestInference:
 
         for function in (sample, score):
             monkeypatch.setattr(inference, function.__name__, function)
-        monkeypatch.setattr(inference, "open_run", lambda workdir: workdir)
+        for name in ("open_run", "open_scored"):
+            monkeypatch.setattr(inference, name, lambda workdir: workdir)
         return asked
 
     def test_sample(self, asked, call):

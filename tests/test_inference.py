@@ -214,6 +214,10 @@ class TestExport:
         name, note = inference.export_stage(run, tmp_path / "out", stage="reward_model", dtype="bfloat16")
         assert name == "reward_model" and "bias" in note
         assert set(load_pretrained(tmp_path / "out").params) == {"trunk", "head"}
+        assert refused(inference.open_scored, tmp_path / "out") == (
+            f"{tmp_path / 'out'}: score takes the folder of a run, whose config.json says how long its reward model's "
+            "rows are and what it learnt; an exported model's does not: name the run that it was exported from"
+        )
 
     def test_what_cannot_be_exported_leaves_nothing(self, run, tmp_path):
         message = refused(inference.export_stage, run, tmp_path / "out", stage="sft2", dtype="float32")
