@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import onpolicy, replay
-from rlhf_jax.algorithms.context import Context, Role, named
+from rlhf_jax.algorithms.context import Context, Role, copies, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
@@ -80,6 +80,11 @@ class Config(PolicyGradientConfig):
         if isinstance(self.critic, str):
             return super().requires() | named("reward", critic=self.critic)
         return super().requires() | named("policy", **{"critic.trunk": self.critic.trunk})
+
+    def stored(self) -> float:
+        """The critic's state too, where it is a network of its own."""
+        critic = 0.0 if self.shared else self.critic_optimizer.copies
+        return super().stored() + copies(0.0, critic, steps=self.steps, every=self.checkpoint_every)
 
     @property
     def shared(self) -> bool:
