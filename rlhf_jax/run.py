@@ -322,14 +322,21 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
 
 @contextlib.contextmanager
 def _locked(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """The workdir, made where it is missing and `held`."""
+    """The workdir, made where it is missing and `held`; not there again where the run is refused before its stages."""
     _check_workdir(workdir, config)
+    is_new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
     with held(workdir):
-        yield
+        try:
+            yield
+        except UserError:
+            if is_new and not any((workdir / name).exists() for name in config["stages"]):
+                # Or it would be the refused config's, and no mended one could run in it.
+                shutil.rmtree(workdir, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
