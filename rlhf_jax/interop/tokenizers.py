@@ -141,10 +141,10 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, seed: int = 0)
     settings: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9995}
     settings |= {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
     settings |= {"max_sentence_length": 20_000, "num_threads": 1, "minloglevel": 2}
-    ids = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
+    settings |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **settings, **ids
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **settings
         )
     except RuntimeError as error:
         raise _misfit(vocab_size, error) from None
