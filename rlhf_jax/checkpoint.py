@@ -210,6 +210,20 @@ def _check_same(folder: Path, there: dict[str, str], here: dict[str, str]) -> No
             raise UserError(f"{folder} is of another model: {name} is {a} there and {b} here")
 
 
+def check_room(workdir: Path, needed: int) -> None:
+    """Raise UserError unless the disk has room for a run of so many bytes; what its folder holds is some of them."""
+    for path in workdir.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process's, which may hold the folder
+            needed -= path.lstat().st_size
+    folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--workdir {workdir}: no disk space: the run needs at least {needed / 1e6:.0f} MB, "
+            f"{free / 1e6:.0f} MB are free"
+        )
+
+
 @contextlib.contextmanager
 def _room_for(tree: Any, folder: Path, what: str, part: Path) -> Iterator[None]:
     """Turn a full disk, seen before or met while writing, into one line; what is half-written goes, the rest stays."""

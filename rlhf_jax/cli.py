@@ -60,7 +60,10 @@ class ScoreArgs:
     workdir: tyro.conf.Positional[Path]
     """A run's folder."""
     input: Path
-    """JSONL rows of prompt, chosen and rejected, or of text and score."""
+    """JSONL rows of prompt, chosen and rejected, of text and score, or of prompt, completion and rating or label; or
+    of prompt, completions and labels, a label a step."""
+    fields: str = "{}"
+    """The rows' own names of fields, where they differ, as JSON: '{"prompt": "question"}'."""
     stage: str | None = None
     """The reward model's stage; none: the last finished one."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -293,13 +296,29 @@ def _score(args: list[str]) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         _start()
-        result = inference.score(inference.open_run(a.workdir), a.input, stage=a.stage)
+        fields = _names(a.fields)
+        result = inference.score(inference.open_scored(a.workdir), a.input, stage=a.stage, fields=fields)
     if a.json:
         print(json.dumps(result))
+        return
+    if "mean_margin" not in result:
+        figures = (f"{name} {value:.4g}" for name, value in result.items() if name not in ("cut", "stage"))
+        print(f"{'  '.join(figures)}, {result['cut']} rows cut (stage {result['stage']})")
         return
     low, high = result["interval"]
     print(f"accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['n']} pairs", end="")
     print(f", mean margin {result['mean_margin']:.3f}, {result['cut']} rows cut (stage {result['stage']})")
+
+
+def _names(text: str) -> dict[str, str]:
+    """The names of fields in a flag's JSON."""
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f'--fields must be names by names as JSON, such as \'{{"prompt": "question"}}\', got {text!r}')
+    return names
 
 
 def _report(args: list[str]) -> None:

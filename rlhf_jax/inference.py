@@ -1,8 +1,9 @@
 """What a finished run is used for: sampling from its policies, scoring with its reward models."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from rlhf_jax import sharding
 from rlhf_jax.algorithms import offline, reward_model
 from rlhf_jax.algorithms.context import BASE, MAKERS, Context, Role, StageConfig
 from rlhf_jax.config import Experiment, from_dict
-from rlhf_jax.data.encoding import encode_group, encode_pair
-from rlhf_jax.data.formats import Pair, Scored
+from rlhf_jax.data.encoding import encode_group, encode_pair, encode_rated, encode_steps
+from rlhf_jax.data.formats import Pair, Rated, Scored, Stepwise, Thumb
+from rlhf_jax.data.judged import JudgedRow
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reading import read_judged
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals import evaluate_pairs
+from rlhf_jax.evals.judgements import evaluate_outcomes, evaluate_ratings, evaluate_solutions
 from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.interop import Bundled, FromPretrained, Pretrained, Scratch, export, export_adapter
 from rlhf_jax.interop.json_tokenizer import JsonTokenizer
@@ -59,6 +62,16 @@ class Run:
         raise UserError(f"{self.context.workdir}: {asked} made a {MAKERS[role][0]}; {there}")
 
 
+def open_scored(workdir: Path) -> Run:
+    """The run in a folder, to score with; UserError for a model without stages too, such as an exported one."""
+    if _is_model(workdir):
+        raise UserError(
+            f"{workdir}: score takes the folder of a run, whose config.json says how long its reward model's rows are "
+            "and what it learnt; an exported model's does not: name the run that it was exported from"
+        )
+    return open_run(workdir)
+
+
 def open_run(workdir: Path) -> Run:
     """The run in a folder, read from its config.json; "bundled", unless there is such a folder, is the package's model.
 
@@ -67,7 +80,7 @@ def open_run(workdir: Path) -> Run:
     """
     if str(workdir) == BUNDLED and not workdir.exists():
         return Run(_context(Experiment(Bundled(), MovieReviews(), {}), workdir), {})
-    if workdir.is_file() or any(workdir.glob("*.safetensors*")):
+    if _is_model(workdir):
         context = _context(Experiment(FromPretrained(str(workdir)), MovieReviews(), {}), workdir)
         if context.model.tokenizer is None:
             raise UserError(f"{workdir}: this model comes without a tokenizer")
@@ -82,6 +95,11 @@ def open_run(workdir: Path) -> Run:
     finished = {name: stage for name, stage in experiment.stages.items() if (workdir / name / "params").is_dir()}
     base = experiment.model.hugging_face if isinstance(experiment.model, FromPretrained) else None
     return Run(_context(experiment, workdir), finished, base)
+
+
+def _is_model(path: Path) -> bool:
+    """Whether it is a .gguf file or a Hugging Face folder, such as `rlhf-jax export` makes."""
+    return path.is_file() or any(path.glob("*.safetensors*"))
 
 
 def sample(
@@ -132,15 +150,28 @@ def _chat_prompt(run: Run, prompt: str) -> list[int]:
     return tokenizer.encode_chat_prompt([{"role": "user", "content": prompt}])
 
 
-def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
+def score(run: Run, path: Path, *, stage: str | None, fields: Mapping[str, str] | None = None) -> dict[str, Any]:
     """How a reward model ranks the rows of a JSONL file: {"n", "accuracy", "interval", "mean_margin", "cut", "stage"}.
 
     n counts pairs: the file's, or, where it has texts with scores, all pairs of texts with different scores. `cut`
     counts the rows of the file that were longer than those that the model was trained on, and were cut to that.
+
+    Of ratings, labels and labelled steps n counts these, and the figures are those that a stage reports of such rows
+    when they are held out (`evals.judgements`), but for the baselines, which are of the file's own mean. `fields` are
+    the rows' own names of fields, by TRL's. UserError names the file and the row that is of another kind.
     """
     name = run.pick(stage, "scorer")
-    judged = read_judged(Jsonl(path))
+    judged = read_judged(Jsonl(path, fields=fields or {}))
     context, length = run.context, max(run.stages[name].lengths().values())
+    ensemble, pad_id = context.ensembles.get(name), context.tokenizer.pad_id
+    network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=pad_id, ensemble=ensemble)
+    if isinstance(judged[0], Rated | Thumb | Stepwise):
+        encode = (encode_steps if isinstance(judged[0], Stepwise) else encode_rated)(context.tokenizer)
+        whole = [encode(one) for one in judged]
+        kept = [row for row in (row.cut(length) for row in whole) if row.tells]
+        read = partial(network.at, context.network(name))
+        figures = _judgements(kept, lambda *at: network.combined(read(*at)), judged[0], path)
+        return {**figures, "cut": sum(row.longest > length for row in whole), "stage": name}
     rows: list[list[int]] = []
     cut = 0
     encode = encode_pair(context.tokenizer)
@@ -148,8 +179,6 @@ def score(run: Run, path: Path, *, stage: str | None) -> dict[str, Any]:
         whole = encode(one) if isinstance(one, Pair) else _text_group(context.tokenizer, one)
         rows += whole.cut(length).rows()
         cut += whole.longest > length
-    ensemble, pad_id = context.ensembles.get(name), context.tokenizer.pad_id
-    network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=pad_id, ensemble=ensemble)
     scores = network(context.network(name), rows)
     targets = [one.score for one in judged if isinstance(one, Scored)]
     return {**_agreement(scores, targets, path), "cut": cut, "stage": name}
@@ -193,6 +222,29 @@ def _agreement(scores: np.ndarray, targets: Sequence[float], path: Path) -> dict
         "interval": list(report.interval),
         "mean_margin": report.mean_margin,
     }
+
+
+def _judgements(
+    rows: Sequence[JudgedRow], score: Callable[..., np.ndarray], first: Rated | Thumb | Stepwise, path: Path
+) -> dict[str, Any]:
+    """The figures for completions that were judged one by one, whole or by step; `score` reads rows at their places."""
+    said = [target for row in rows for target in row.targets]
+    judged = np.asarray([target is not None for target in said], bool)
+    labels = np.asarray([np.nan if target is None else target for target in said], np.float64)
+    targets = labels[judged]
+    if len(set(targets.tolist())) < 2:
+        found = f"all {targets[0]:g}" if len(targets) else "not there"
+        raise UserError(f"{path}: what was said of the completions is {found}: there is nothing to tell apart")
+    which = np.repeat(np.arange(len(rows)), [len(row.parts) for row in rows])
+    prompts = [row.prompt for row in rows]
+    clusters = [prompts[i] for i in which[judged]]
+    scores = score([row.tokens for row in rows], [row.ends for row in rows])
+    if isinstance(first, Rated):
+        return {"n": len(targets), **evaluate_ratings(scores, targets, clusters, mean=float(targets.mean()))}
+    figures = evaluate_outcomes(scores[judged], targets, clusters, share=float(targets.mean()))
+    if isinstance(first, Stepwise):
+        figures |= evaluate_solutions(scores, labels, which, prompts)
+    return {"n": len(targets), **figures}
 
 
 def _text_group(tokenizer: Tokenizer, row: Scored) -> PreferenceGroup:

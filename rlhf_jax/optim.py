@@ -79,6 +79,16 @@ class Optimizer:
         if self.kind == "muon" and self.eps_form == "tensorflow":
             raise ValueError("optimizer.eps_form='tensorflow' is Adam's: kind must be 'adamw', not 'muon'")
 
+    @property
+    def weights(self) -> float:
+        """What parameters take between steps, in copies of them in float32; norms and the like left aside."""
+        return jnp.dtype(self.master).itemsize / 4
+
+    @property
+    def copies(self) -> float:
+        """What a training state holds of a network: its parameters and their moments, of Muon's matrices one."""
+        return self.weights + (2 if self.kind == "adamw" else 1)
+
     def share(self, total_steps: int) -> optax.Schedule:
         """The schedule, as a share of the peak."""
         decay_steps = max(total_steps - self.warmup_steps, 1)

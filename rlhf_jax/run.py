@@ -40,7 +40,6 @@ from rlhf_jax.algorithms import (
 from rlhf_jax.algorithms.context import Context, StageConfig, check_field
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.cache import cache_dir
-from rlhf_jax.checkpoint import KEPT
 from rlhf_jax.config import (
     Experiment,
     check_inputs,
@@ -167,7 +166,9 @@ def check(experiment: Experiment, workdir: Path, mesh: Mesh | None = None) -> No
         if isinstance(stage, OnPolicyConfig):
             _check_sub_meshes(name, stage, mesh, boxed)
     trained = jax.tree.leaves(lora.own(experiment.model.spec, boxed))
-    _check_room(workdir, sum(math.prod(x.shape) * x.dtype.itemsize for x in trained), experiment)
+    if not (workdir / "summary.json").exists():
+        stored = sum(stage.stored() for stage in experiment.stages.values())
+        checkpoint.check_room(workdir, int(stored * sum(4 * math.prod(x.shape) for x in trained)))
 
 
 def _check_sub_meshes(name: str, stage: OnPolicyConfig, mesh: Mesh, boxed: Params) -> None:
@@ -178,17 +179,6 @@ def _check_sub_meshes(name: str, stage: OnPolicyConfig, mesh: Mesh, boxed: Param
                 check_field(field, partial(sharding.shardings, sub_mesh, boxed))
     except UserError as error:
         raise UserError(f"stages.{name}.placement.{error}") from None
-
-
-def _check_room(workdir: Path, params_bytes: int, experiment: Experiment) -> None:
-    """Raise UserError unless the disk has room for each stage's parameters and for checkpoints, moments included."""
-    folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    needed, free = params_bytes * (len(experiment.stages) + 3 * KEPT), shutil.disk_usage(folder).free
-    if free < needed and not (workdir / "summary.json").exists():
-        raise UserError(
-            f"--workdir {workdir}: no disk space: the run needs at least {needed / 1e6:.0f} MB, "
-            f"{free / 1e6:.0f} MB are free"
-        )
 
 
 def _check_agreement(here: dict[str, Any]) -> None:
@@ -332,14 +322,21 @@ def _is_finished(stage_dir: Path, stage: StageConfig) -> bool:
 
 @contextlib.contextmanager
 def _locked(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """The workdir, made where it is missing and `held`."""
+    """The workdir, made where it is missing and `held`; not there again where the run is refused before its stages."""
     _check_workdir(workdir, config)
+    is_new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
     with held(workdir):
-        yield
+        try:
+            yield
+        except UserError:
+            if is_new and not any((workdir / name).exists() for name in config["stages"]):
+                # Or it would be the refused config's, and no mended one could run in it.
+                shutil.rmtree(workdir, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -191,7 +191,8 @@ class TestInference:
 
         for function in (sample, score):
             monkeypatch.setattr(inference, function.__name__, function)
-        monkeypatch.setattr(inference, "open_run", lambda workdir: workdir)
+        for name in ("open_run", "open_scored"):
+            monkeypatch.setattr(inference, name, lambda workdir: workdir)
         return asked
 
     def test_sample(self, asked, call):
@@ -223,7 +224,14 @@ class TestInference:
         assert (code, err) == (0, "chatter\n")
         assert out.count("\n") == 1
         assert json.loads(out)["interval"] == [0.1, 0.9]
-        assert asked == {"run": Path("runs/toy"), "path": Path("pairs.jsonl"), "stage": None}
+        assert asked == {"run": Path("runs/toy"), "path": Path("pairs.jsonl"), "stage": None, "fields": {}}
+
+    def test_score_with_other_names_of_fields(self, asked, call):
+        call("score", "runs/toy", "--input", "pairs.jsonl", "--fields", '{"prompt": "question"}')
+        assert asked["fields"] == {"prompt": "question"}
+        for wrong in ("prompt=question", "[]", '{"prompt": 1}'):
+            message = error(call("score", "runs/toy", "--input", "pairs.jsonl", "--fields", wrong))
+            assert message.startswith("--fields must be names by names as JSON")
 
     def test_score_for_people(self, asked, call):
         out = call("score", "runs/toy", "--input", "pairs.jsonl")[1]

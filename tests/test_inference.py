@@ -185,6 +185,49 @@ class TestScore:
         result = inference.score(run, write(rows), stage="reward_model")
         assert (result["n"], result["accuracy"]) == (5, pytest.approx(np.mean(won)))
 
+    def test_ratings(self, run, write):
+        texts, ratings = [" is a delight.", " is a bore.", " is long."], [4.0, 1.0, 2.5]
+        rows = [{"question": "The film", "completion": t, "rating": r} for t, r in zip(texts, ratings, strict=True)]
+        result = inference.score(run, write(rows), stage=None, fields={"prompt": "question"})
+        scores = np.asarray([score_of(run, "The film", text) for text in texts])
+        assert (result["n"], result["cut"], result["stage"]) == (3, 0, "reward_model")
+        assert result["rmse"] == pytest.approx(np.sqrt(np.mean((scores - ratings) ** 2)), abs=1e-4)
+        assert result["rmse_baseline"] == pytest.approx(np.std(ratings))
+        assert result["correlation"] == pytest.approx(np.corrcoef(scores, ratings)[0, 1], abs=1e-4)
+        json.dumps(result)
+
+    def test_labels(self, run, write):
+        texts, labels = [" is a delight.", " is a bore.", " is long.", " ends"], [True, False, False, True]
+        rows = [{"prompt": "A film", "completion": t, "label": y} for t, y in zip(texts, labels, strict=True)]
+        result = inference.score(run, write(rows), stage=None)
+        scores = np.asarray([score_of(run, "A film", text) for text in texts])
+        won = [(a > b) + (a == b) / 2 for a in scores[[0, 3]] for b in scores[[1, 2]]]
+        assert result["accuracy"] == pytest.approx(np.mean((scores > 0) == labels))
+        assert result["auc"] == pytest.approx(np.mean(won))
+
+    def test_steps(self, run, write):
+        """A solution of one step is a completion after its prompt's line."""
+        rows = [{"prompt": "1 + 1", "completions": [a, b], "labels": [True, y]}
+                for a, b, y in (("It is", "2", True), ("It may be", "3", False), ("So", "4", False))]  # fmt: skip
+        result = inference.score(run, write(rows), stage=None)
+        assert result["n"] == 6 and {"accuracy", "auc", "log_loss"} <= set(result)
+        single = [{"prompt": "1 + 1", "completions": [b], "labels": [y]} for b, y in (("2", True), ("3", False))]
+        found = inference.score(run, write(single), stage=None)
+        scores = np.asarray([score_of(run, "1 + 1\n", b) for b in "23"])
+        assert found["accuracy"] == pytest.approx(np.mean((scores > 0) == [True, False]))
+        assert found["log_loss"] == pytest.approx(np.mean(np.logaddexp(0, [-scores[0], scores[1]])), abs=1e-4)
+
+    def test_rows_of_another_kind(self, run, write):
+        rated = {"prompt": "p", "completion": "c", "rating": 1}
+        assert "rows.jsonl, line 2: no field 'rating'" in refused(
+            inference.score, run, write([rated, {"prompt": "p", "completion": "c", "label": True}]), stage=None
+        )
+        message = refused(inference.score, run, write([{"prompt": "p", "completion": "c"}]), stage=None)
+        assert "rows.jsonl, line 1: expected 'prompt', 'chosen' and 'rejected'" in message and "'rating'" in message
+        assert "all 1: there is nothing to tell apart" in refused(
+            inference.score, run, write([rated, {**rated, "completion": "d"}]), stage=None
+        )
+
     def test_bad_rows(self, run, write):
         assert "rows.jsonl, line 2: 'chosen' is empty" in refused(
             inference.score, run, write([PAIRS[0], {**PAIRS[0], "chosen": ""}]), stage=None
@@ -214,6 +257,10 @@ class TestExport:
         name, note = inference.export_stage(run, tmp_path / "out", stage="reward_model", dtype="bfloat16")
         assert name == "reward_model" and "bias" in note
         assert set(load_pretrained(tmp_path / "out").params) == {"trunk", "head"}
+        assert refused(inference.open_scored, tmp_path / "out") == (
+            f"{tmp_path / 'out'}: score takes the folder of a run, whose config.json says how long its reward model's "
+            "rows are and what it learnt; an exported model's does not: name the run that it was exported from"
+        )
 
     def test_what_cannot_be_exported_leaves_nothing(self, run, tmp_path):
         message = refused(inference.export_stage, run, tmp_path / "out", stage="sft2", dtype="float32")

@@ -252,7 +252,18 @@ class TestRefuses:
         cut = policy.Config(policy="sft", reward=PatternMatch("e"), truncate=Truncation("ß!", after=2))
         message = refused(workdir, model=Bundled(), stages={"sft": ToyStage(), "later": cut})
         assert message == "stages.later.truncate.at: no token of the vocabulary is 'ß!'"
-        assert not (workdir / "trained.txt").exists()
+        assert not workdir.exists()
+        go(workdir)
+
+    def test_at_a_later_stage_and_keeps_what_there_is(self, workdir, monkeypatch):
+        def refuse(config, context, name):
+            if name == "ppo":
+                raise UserError("ppo: no")
+            return toys.train(config, context, name)
+
+        monkeypatch.setitem(run.STAGES, ToyStage, refuse)
+        assert refused(workdir) == "ppo: no"
+        assert (workdir / "config.json").exists() and (workdir / "sft" / "params").is_dir()
 
     def test_figures_that_are_not_finite(self, workdir, monkeypatch):
         monkeypatch.setitem(run.STAGES, ToyStage, lambda *_: {"loss": float("nan")})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
-from rlhf_jax.checkpoint import load_params
+from rlhf_jax.checkpoint import KEPT, load_params
 from rlhf_jax.data.reviews import MovieReviews, Reviews
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import are_texts, load_texts
@@ -74,6 +75,10 @@ class StageConfig(Protocol):
         """Raise UserError, which begins with the field, for what it asks of the model's tokenizer that this has not."""
         ...
 
+    def stored(self) -> float:
+        """What it leaves on the disk, at least, in copies of the parameters that one network trains, in float32."""
+        ...
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -81,6 +86,10 @@ class Stage:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Nothing: any will do."""
+
+    def stored(self) -> float:
+        """Nothing to speak of: rows."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,11 @@ class Context:
         if source == BASE:
             return sharding.put(self.model.params, layout)
         return load_params(self.stage_dir(source) / "params", sharding.in_shards(layout, sharding.unbox(boxed)))
+
+
+def copies(params: float, state: float, *, steps: int, every: int) -> float:
+    """Finished parameters, and a state as often as it is kept of so many steps, with a checkpoint `every` few."""
+    return params + state * min(KEPT, math.ceil(steps / every))
 
 
 def named(role: Role, **fields: str) -> dict[str, tuple[str, Role]]:

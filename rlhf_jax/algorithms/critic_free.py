@@ -21,10 +21,13 @@ from rlhf_jax.types import Metrics, Rollout, TrainState
 class CriticFree(PolicyGradient):
     """An iteration's last phase but for how completions are compared."""
 
-    together = 1
-    """Completions beside each other that one step takes together."""
     reported: tuple[str, ...] = ("policy_clipped", "approx_kl", "grad_norm", "ptx_loss", "ewc_penalty")
     """Of the steps' metrics those of an iteration, besides the loss."""
+
+    @property
+    @abstractmethod
+    def together(self) -> int:
+        """Completions beside each other that one step takes together."""
 
     @abstractmethod
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax import guard, hosts, losses, masking, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, check_positive, copies, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.prompting import Completing, check_prompts, load_prompts, prompt_batches
@@ -86,6 +86,11 @@ class Config(Completing):
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch."""
         return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches} | self.turn_rows
+
+    def stored(self) -> float:
+        """The student."""
+        kept = self.optimizer.weights, self.optimizer.copies
+        return copies(*kept, steps=self.steps, every=self.checkpoint_every)
 
     def check_inputs(self, data: Data) -> None:
         """The rows of prompts, or the texts that openings are cut from."""

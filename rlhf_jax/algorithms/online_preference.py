@@ -30,11 +30,9 @@ from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation
 from rlhf_jax.metrics import read_jsonl
-from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
-from rlhf_jax.sampling import Stops
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -145,18 +143,10 @@ class Algorithm(CriticFree):
 
     reported = (*CriticFree.reported, "accuracy", "margin", "chosen_reward", "rejected_reward")
 
-    def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        *,
-        eos_id: int,
-        pad_id: int,
-        cut_ids: tuple[int, ...] = (),
-        stops: Stops | None = None,
-    ) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids, stops=stops)
-        self.together = config.group_size
+    @property
+    def together(self) -> int:
+        """All of a prompt."""
+        return self.config.group_size
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
         """`group_size` completions of each prompt, beside each other; the second of each two may be the reference's.

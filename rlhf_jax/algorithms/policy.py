@@ -31,12 +31,11 @@ from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.masking import token_mean
-from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties
-from rlhf_jax.sampling import Stops, ended
+from rlhf_jax.sampling import ended
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout
 
 Baseline = Literal["none", "batch", "group", "leave_one_out", "greedy"]
@@ -220,18 +219,10 @@ class Config(PolicyGradientConfig):
 class Algorithm(CriticFree):
     """The methods' steps as functions of (state, frozen, prompts)."""
 
-    def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        *,
-        eos_id: int,
-        pad_id: int,
-        cut_ids: tuple[int, ...] = (),
-        stops: Stops | None = None,
-    ) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids, stops=stops)
-        self.together = 2 if config.loss == "p3o" else 1
+    @property
+    def together(self) -> int:
+        """Two of P3O, which is of pairs; else each is alone."""
+        return 2 if self.config.loss == "p3o" else 1
 
     def sample(self, behaviour: Behaviour, frozen: Frozen, prompts: PromptBatch) -> Rollout:
         """`group_size` completions of each prompt, beside each other, the first greedy if the baseline is."""

@@ -18,7 +18,7 @@ from rlhf_jax import masking, models
 from rlhf_jax.algorithms import consolidation, iterations, pretraining_mix, scoring, truncation
 from rlhf_jax.algorithms import packing as packed
 from rlhf_jax.algorithms.consolidation import Consolidation
-from rlhf_jax.algorithms.context import Context, check_field, check_positive
+from rlhf_jax.algorithms.context import Context, check_field, check_positive, copies
 from rlhf_jax.algorithms.iterations import Behaviour, Frozen
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.algorithms.packing import Packing, Reading
@@ -92,17 +92,12 @@ class PolicyGradientConfig(OnPolicyConfig):
         if rows * (1 + sampled) > self.batch_size:
             most = "half of batch_size={}, or old_logps='sampled' saves nothing" if sampled else "batch_size={}"
             raise ValueError(f"exact_kl_rows={rows} must be at most {most.format(self.batch_size)}")
-        for name, interval in (
-            ("gamma", "[0, 1]"),
-            ("entropy_coef", "[0, inf)"),
-            ("stop_at_kl", "(0, inf)"),
-            ("average", "(0, 1)"),
-        ):
+        known = {"gamma": "[0, 1]", "entropy_coef": "[0, inf)", "stop_at_kl": "(0, inf)", "average": "(0, 1)"}
+        for name, interval in known.items():
             require(name, vars(self)[name], interval)
-        if self.ptx is not None and self.ptx.batch_size % self.num_microbatches:
-            raise ValueError(
-                f"ptx.batch_size={self.ptx.batch_size} must divide by num_microbatches={self.num_microbatches}"
-            )
+        texts, n = self.ptx, self.num_microbatches
+        if texts is not None and texts.batch_size % n:
+            raise ValueError(f"ptx.batch_size={texts.batch_size} must divide by num_microbatches={n}")
         if self.packing is not None:
             self.packing.check(self.prompt_length, self.completion_tokens)
         if self.packing is not None and self.ptx is not None:
@@ -124,6 +119,12 @@ class PolicyGradientConfig(OnPolicyConfig):
         """A row of text too."""
         texts = {name: vars(self)[name] for name in ("ptx", "ewc") if vars(self)[name] is not None}
         return super().lengths() | {f"{name}.row_length": part.row_length for name, part in texts.items()}
+
+    def stored(self) -> float:
+        """The policy, its moving average, what `ewc` knows of it."""
+        own, average = self.optimizer, self.average is not None
+        kept = own.weights + (self.ewc is not None), own.copies + average * own.weights
+        return copies(*kept, steps=self.steps, every=self.checkpoint_every)
 
     @property
     def parts(self) -> int:

@@ -9,17 +9,18 @@ Shapes: b rollouts, p prompt tokens, n completion tokens, t = p + n, v vocabular
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
 from rlhf_jax.algorithms import onpolicy, replay
-from rlhf_jax.algorithms.context import Context, Role, named
+from rlhf_jax.algorithms.context import Context, Role, copies, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
@@ -27,14 +28,12 @@ from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, poli
 from rlhf_jax.algorithms.replay import Replay
 from rlhf_jax.algorithms.rollouts import old_logps
 from rlhf_jax.logprobs import entropy
-from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Disaggregated, Idle
-from rlhf_jax.sampling import Stops
-from rlhf_jax.train_step import in_parts, make_train_step, sharded_state
+from rlhf_jax.train_step import Step, in_parts, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
 PARTS = ("approx_kl", "ptx_loss", "ewc_penalty", "value_loss", "value_clipped")
@@ -82,6 +81,11 @@ class Config(PolicyGradientConfig):
             return super().requires() | named("reward", critic=self.critic)
         return super().requires() | named("policy", **{"critic.trunk": self.critic.trunk})
 
+    def stored(self) -> float:
+        """The critic's state too, where it is a network of its own."""
+        critic = 0.0 if self.shared else self.critic_optimizer.copies
+        return super().stored() + copies(0.0, critic, steps=self.steps, every=self.checkpoint_every)
+
     @property
     def shared(self) -> bool:
         """Whether the critic is a head on the policy."""
@@ -108,22 +112,18 @@ class State(PolicyState):
 class Algorithm(PolicyGradient):
     """PPO's steps as functions of (state, frozen, prompts)."""
 
-    def __init__(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        *,
-        eos_id: int,
-        pad_id: int,
-        cut_ids: tuple[int, ...] = (),
-        stops: Stops | None = None,
-    ) -> None:
-        super().__init__(config, spec, eos_id=eos_id, pad_id=pad_id, cut_ids=cut_ids, stops=stops)
-        self.critic_optimizer = config.critic_optimizer.make(config.updates)
-        self.critic_step = make_train_step(
+    @cached_property
+    def critic_optimizer(self) -> optax.GradientTransformation:
+        """That of a critic of its own."""
+        return self.config.critic_optimizer.make(self.config.updates)
+
+    @cached_property
+    def critic_step(self) -> Step:
+        """A step of a critic of its own."""
+        return make_train_step(
             self.critic_loss(),
             self.critic_optimizer,
-            num_microbatches=config.num_microbatches,
+            num_microbatches=self.config.num_microbatches,
             parts=self.parts_of_step(),
         )
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from rlhf_jax import guard, hosts, models, sharding
 from rlhf_jax.algorithms import comparisons, preference_heldout, thumbs
 from rlhf_jax.algorithms.comparisons import Comparisons, SampledPairs
-from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_positive, named
+from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_positive, copies, named
 from rlhf_jax.algorithms.evaluation import Drawing, evaluate, sentiment_judges
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.preference_heldout import HeldOut
@@ -131,6 +131,11 @@ class Config(Stage):
     def check_inputs(self, data: Data) -> None:
         """The judgements, or the labelled texts that they are made from."""
         (thumbs.check_thumbs if self.of_thumbs else comparisons.check_pairs)(self.pairs, data)
+
+    def stored(self) -> float:
+        """The policy; a reference that follows it is in every checkpoint."""
+        state = self.optimizer.copies + (self.reference is not None)
+        return copies(self.optimizer.weights, state, steps=self.steps, every=self.checkpoint_every)
 
     def lengths(self) -> dict[str, int]:
         """A row."""

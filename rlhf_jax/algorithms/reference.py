@@ -59,6 +59,11 @@ def completion_logps(
     return sequence_logps(logps, counted).reshape(b, k), routing, mask
 
 
+def logps_program(spec: ModelSpec) -> Callable[..., Any]:
+    """(params, batch of completions) -> their log π, [b, k], jitted: what reads the reference."""
+    return lockstep.jit(lambda params, batch: completion_logps(spec, params, batch)[0])
+
+
 class CompletionLogps:
     """log π of the completions of any number of rows, a batch at a time, in every process."""
 
@@ -67,7 +72,7 @@ class CompletionLogps:
     ) -> None:
         """`make` makes a batch of rows."""
         self._mesh, self._make, self._batch_size = mesh, make, batch_size
-        self._read = lockstep.jit(lambda params, batch: completion_logps(spec, params, batch)[0])
+        self._read = logps_program(spec)
 
     def __call__(self, params: Params, rows: Sequence[Completed]) -> Float[np.ndarray, "n k"]:
         """0 for completions that a row does not have; there must be a row."""

@@ -18,7 +18,17 @@ import numpy as np
 from rlhf_jax import guard, hosts, models, sharding
 from rlhf_jax.algorithms import comparisons, reward_data
 from rlhf_jax.algorithms.comparisons import SampledPairs, Ties
-from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, StageConfig, check_field, check_positive, named
+from rlhf_jax.algorithms.context import (
+    Context,
+    Kind,
+    Role,
+    Stage,
+    StageConfig,
+    check_field,
+    check_positive,
+    copies,
+    named,
+)
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.algorithms.reward_data import ORDERS, ComparedRows, JudgedRows, normalized
 from rlhf_jax.algorithms.reward_losses import LOSSES, Loss, first_thresholds, of_heads
@@ -140,6 +150,12 @@ class Config(Stage):
             check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
         else:
             check_field("pairs", lambda: reward_data.check(self, data))
+
+    def stored(self) -> float:
+        """A trunk, or each model's of an ensemble; heads are small."""
+        many = self.ensemble.members if self.ensemble is not None and self.ensemble.of == "models" else 1
+        kept = many * self.optimizer.weights, many * self.optimizer.copies
+        return copies(*kept, steps=self.steps, every=self.checkpoint_every)
 
     def lengths(self) -> dict[str, int]:
         """A row."""

@@ -10,7 +10,7 @@ import grain
 import jax
 
 from rlhf_jax import guard, lockstep, losses, models, sharding
-from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_field, check_positive
+from rlhf_jax.algorithms.context import Context, Kind, Role, Stage, check_field, check_positive, copies
 from rlhf_jax.algorithms.loop import Loop, finish
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.sources import Data
@@ -70,6 +70,11 @@ class SupervisedConfig(Stage):
     def batch_sizes(self) -> dict[str, int]:
         """A microbatch of a step."""
         return {"batch_size / num_microbatches": self.batch_size // self.num_microbatches}
+
+    def stored(self) -> float:
+        """The model."""
+        kept = self.optimizer.weights, self.optimizer.copies
+        return copies(*kept, steps=self.steps, every=self.checkpoint_every)
 
     def check_inputs(self, data: Data) -> None:
         """The experiment's texts."""

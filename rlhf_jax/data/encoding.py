@@ -213,12 +213,7 @@ def encode_rated(tokenizer: Tokenizer) -> Callable[[Rated | Thumb], JudgedRow]:
 
     def encode(row: Rated | Thumb) -> JudgedRow:
         target = row.rating if isinstance(row, Rated) else float(row.label)
-        chat = chat_tokenizer(tokenizer)
-        if chat is not None and isinstance(row, Thumb) and row.messages:
-            prompt, completion = _answered(chat, row.messages, row.answered_from)
-        else:
-            prompt = (tokenizer.bos_id, *tokenizer.encode(row.prompt))
-            completion = (*tokenizer.encode(row.completion), tokenizer.eos_id)
+        prompt, completion = _completed(tokenizer, row)
         return JudgedRow(row.prompt, prompt, (completion,), (target,), row.annotator)
 
     return encode
@@ -242,15 +237,18 @@ def encode_thumb(tokenizer: Tokenizer) -> Callable[[Thumb], Liked]:
     """A completion that was liked or not, ended."""
 
     def encode(thumb: Thumb) -> Liked:
-        chat = chat_tokenizer(tokenizer)
-        if chat is not None and thumb.messages:
-            prompt, completion = _answered(chat, thumb.messages, thumb.answered_from)
-        else:
-            prompt = (tokenizer.bos_id, *tokenizer.encode(thumb.prompt))
-            completion = (*tokenizer.encode(thumb.completion), tokenizer.eos_id)
+        prompt, completion = _completed(tokenizer, thumb)
         return Liked(prompt, (completion,), thumb.label)
 
     return encode
+
+
+def _completed(tokenizer: Tokenizer, row: Rated | Thumb) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A prompt, and its completion, ended; by the chat template where the row has messages."""
+    chat = chat_tokenizer(tokenizer)
+    if chat is not None and isinstance(row, Thumb) and row.messages:
+        return _answered(chat, row.messages, row.answered_from)
+    return (tokenizer.bos_id, *tokenizer.encode(row.prompt)), (*tokenizer.encode(row.completion), tokenizer.eos_id)
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> JsonTokenizer | None:

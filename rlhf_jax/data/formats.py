@@ -4,7 +4,7 @@ Conversations (lists of {"role", "content"}) become plain text, a paragraph a tu
 no chat template; the messages are kept, for a tokenizer that has one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -226,13 +226,16 @@ def scored(row: Fields) -> Scored:
     return Scored(before, row.text("text"), row.number("score"))
 
 
-def judged(row: Fields) -> Pair | Scored:
-    """A pair, or a text with its score."""
-    if "chosen" in row or SHP[0] in row:
-        return pair(row)
-    if "text" in row:
-        return scored(row)
-    raise row.error(f"expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score'; the row has {row.names}")
+def judged(row: Fields) -> Callable[[Fields], Any]:
+    """What reads rows such as this one: pairs, texts with scores, or completions that were judged one by one."""
+    known = (("chosen", pair), (SHP[0], pair), ("completions", stepwise), ("rating", rated), ("label", thumb))
+    for name, parse in (*known, ("text", scored)):
+        if name in row and ("completion" in row or parse not in (rated, thumb)):
+            return parse
+    raise row.error(
+        "expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score', or 'prompt', 'completion' and 'rating' or "
+        f"'label', or 'prompt', 'completions' and 'labels'; the row has {row.names}"
+    )
 
 
 def thumb(row: Fields) -> Thumb:

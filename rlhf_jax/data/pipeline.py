@@ -25,12 +25,18 @@ WHOLE = Shard()
 """All rows of a batch, as where there is one process."""
 
 
+# grain's own endless data set is as long as an index can be, and batches of one row are then one too many: it divides
+# by floats, and rounds up. A float counts as many as these exactly, and no run gets there.
+_ENDLESS = 2**53
+
+
 def endless(rows: Sequence[Any], *, seed: int) -> grain.MapDataset:
     """The rows for ever, shuffled anew each epoch; of a mixture each part on its own, drawn as often as it weighs."""
-    if not isinstance(rows, Mixed):
-        return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    parts = [grain.MapDataset.source(part).seed(seed + i).shuffle().repeat() for i, part in enumerate(rows.parts)]
-    return grain.MapDataset.mix(parts, rows.weights).seed(seed)
+    if isinstance(rows, Mixed):
+        return grain.MapDataset.mix(
+            [endless(part, seed=seed + i) for i, part in enumerate(rows.parts)], rows.weights
+        ).seed(seed)
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat(_ENDLESS // max(1, len(rows)))
 
 
 def by_part(rows: Sequence[Any], make: Callable[[Sequence[Any]], Sequence[T]]) -> Sequence[T]:

@@ -117,12 +117,12 @@ def read_texts(source: Source) -> Split[Text]:
     return join(source, read(source, formats.text))
 
 
-def read_judged(source: Part) -> list[Pair] | list[Scored]:
-    """All rows of a split, pairs or texts with scores: the first row says which."""
+def read_judged(source: Part) -> list[Any]:
+    """All rows of a split, of the kind that `formats.judged` finds in the first one."""
     table = open_table(source)
     rows = [Fields(place, row, source.fields) for place, row in _located(table, source.split, source)]
-    parse = formats.pair if isinstance(formats.judged(rows[0]), Pair) else formats.scored
-    return [parse(row) for row in rows]  # pyright: ignore[reportReturnType]  # one kind for all
+    parse = formats.judged(rows[0])
+    return [parse(row) for row in rows]
 
 
 def read(source: Source, parse: Callable[[Fields], T]) -> tuple[Rows[T], ...]:

@@ -104,7 +104,10 @@ class Scratch:
                     file=sys.stderr,
                 )
             texts = (review.text for review in load_texts(data).train)
-            tokenizer = train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed)
+            try:
+                tokenizer = train_sentencepiece(texts, vocab_size=self.spec.vocab_size, seed=seed)
+            except UserError as error:
+                raise UserError(f"model.architecture.{error}") from None
             digests.write_sealed(path, tokenizer.model)
 
         hosts.from_writer(make)

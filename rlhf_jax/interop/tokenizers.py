@@ -2,9 +2,10 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 
@@ -133,26 +134,29 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, seed: int = 0)
     """Train a lossless BPE tokenizer with byte fallback: pad 0, unk 1, bos 2, eos 3.
 
     No normalisation and no dummy prefix, so that `decode(encode(x)) == x` and a completion is encoded as it stands
-    after its prompt.
+    after its prompt. Raises UserError, which begins with vocab_size, where it is too small or too large for the texts.
     """
     sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.9995,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        max_sentence_length=20_000,
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
-        num_threads=1,
-        minloglevel=2,
-    )
+    settings: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9995}
+    settings |= {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    settings |= {"max_sentence_length": 20_000, "num_threads": 1, "minloglevel": 2}
+    settings |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **settings
+        )
+    except RuntimeError as error:
+        raise _misfit(vocab_size, error) from None
     return SentencePiece(model.getvalue())
+
+
+def _misfit(vocab_size: int, error: RuntimeError) -> Exception:
+    """What is right for the texts in place of `vocab_size`, which the trainer's own words give; else its error."""
+    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+    if least:
+        return UserError(f"vocab_size={vocab_size} is too small for the texts: at least {least[1]} would do")
+    most = re.search(r"Vocabulary size too high .* value <= (\d+)", str(error), re.DOTALL)
+    if most:
+        return UserError(f"vocab_size={vocab_size} is more than the texts have pieces for: at most {most[1]} would do")
+    return error

@@ -13,7 +13,8 @@ from rlhf_jax import sharding
 from rlhf_jax.plan import flops, hlo, traffic
 from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.collectives import Collective, collectives, seconds
-from rlhf_jax.plan.programs import Program, device_bytes
+from rlhf_jax.plan.programs import Program
+from rlhf_jax.plan.sizes import device_bytes
 
 EFFORT = -0.3
 """How hard the compiler looks for fast programs, in [-1, 1]: below, its estimates of cycles are ten times too long."""

@@ -39,6 +39,7 @@ from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_rows import OfflineBatch
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.algorithms.prompting import Completing
+from rlhf_jax.algorithms.reference import logps_program
 from rlhf_jax.config import Experiment
 from rlhf_jax.data.pipeline import PackedBatch
 from rlhf_jax.data.prompts import PromptBatch
@@ -50,6 +51,7 @@ from rlhf_jax.models.heads import HEAD
 from rlhf_jax.models.kv_cache import CacheType, rows_axis
 from rlhf_jax.models.spec import DType
 from rlhf_jax.placement import Colocated
+from rlhf_jax.plan.sizes import device_bytes
 from rlhf_jax.rewards.judging import LocalJudge
 from rlhf_jax.rewards.local_judge import judging_program
 from rlhf_jax.sampling import Sampling
@@ -68,7 +70,7 @@ class Program:
     stage: str
     """The stage's name."""
     name: str
-    """train, iteration, sample, learn, decode, judge, answer or critique."""
+    """train, reference, iteration, sample, learn, decode, judge, answer or critique."""
     function: Any
     """Jitted."""
     args: tuple[Any, ...]
@@ -191,6 +193,14 @@ def _preference(config: preference.Config, context: Context, name: str) -> Itera
     else:
         weights, judged = _batch(context, (b, p), jnp.float32), _batch(context, (b, p, 2), jnp.int32)
         batch = PreferenceBatch(tokens, mask, mask, judged, weights, weights, ref_logps)
+    if config.needs_reference and config.reference is None:  # else it is read in the step
+        pairs, policy = config.pairs, context.policy(config.init)
+        # How many rows a source has only it knows: as many are planned for as are learnt.
+        n = pairs.prompts + pairs.heldout_prompts if isinstance(pairs, SampledPairs) else config.steps * b
+        args, roles = (policy, batch), {"parameters": policy}
+        yield Program(
+            name, "reference", logps_program(context.spec), args, roles, calls=math.ceil(n / b), tokens=math.prod(rows)
+        )
     args = (state, batch, context.base)
     kept = _roles((context.base, state.reference), state.policy)
     yield Program(name, "train", step, args, kept, config.steps, math.prod(rows))
@@ -380,16 +390,6 @@ def _batch(context: Context, shape: tuple[int, ...], dtype: Any) -> Any:
 def _struct(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
     # Any: it stands where an array would, in pytrees that are annotated with arrays.
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes in shards that lie on one device."""
-    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _leaf_bytes(leaf: Any) -> int:
-    size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize  # two words of a key
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * size
 
 
 def without_remat(spec: ModelSpec) -> ModelSpec:

@@ -173,3 +173,9 @@ def test_two_real_processes_hold_the_batch_of_one():
         *apart, shared = out.splitlines()
         assert apart == [f"{shape} {index} 2" for shape in ("(4, 1, 1, 1)", "(2, 1, 2, 1)", "(1, 2, 2, 1)")]
         assert shared == "(1, 1, 4, 1) 0 1"  # each holds all rows, and a part of what is computed of them
+
+
+@pytest.mark.parametrize("source", [rows(7), Mixed((rows(7), rows(5, 200)), (1.0, 3.0))], ids=["rows", "a mixture"])
+def test_batches_of_one_row_are_the_rows_of_larger_ones(source):
+    one, three = (iter(endless(source, seed=4).batch(n, batch_fn=list).to_iter_dataset(READ)) for n in (1, 3))
+    assert [next(one)[0] for _ in range(30)] == [row for _ in range(10) for row in next(three)]

@@ -134,3 +134,11 @@ def test_parts_are_drawn_by_weight():
     numbers = [row.metadata["number"] for _ in range(50) for row in next(mixed)[1]]
     assert np.mean([number < 100 for number in numbers]) == pytest.approx(0.75, abs=0.02)
     assert set(range(7)) <= set(numbers)
+
+
+def test_a_batch_may_be_one_prompt_as_often_as_its_group_is_large():
+    alone = Prompts(rows(10, 5), length=4, pad_id=0, batch_size=4, seed=0, copies=4)
+    drawn = [next(alone) for _ in range(5)]
+    assert sorted(of[0].metadata["number"] for _, of in drawn) == [10, 11, 12, 13, 14]
+    for batch, of in drawn:
+        np.testing.assert_array_equal(batch.tokens, [[0, *of[0].tokens]] * 4)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import sentencepiece
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.interop.tokenizers import SentencePiece, load_tokenizer
+from rlhf_jax.interop.tokenizers import SentencePiece, load_tokenizer, train_sentencepiece
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
@@ -161,3 +162,16 @@ def test_sentencepiece_gives_the_tokens_of_transformers():
         ids = tokenizer.encode(one["text"])
         assert ids == one["ids"], one["text"]
         assert tokenizer.decode(ids) == one["decoded"]
+
+
+def test_a_vocabulary_that_the_texts_do_not_fit_is_one_line_with_what_would_do():
+    texts = ["the cat sat on the mat", "a dog ate the cat's hat"]
+    for wrong, where in ((100, "at least"), (5_000, "at most")):
+        with pytest.raises(UserError) as caught:
+            train_sentencepiece(texts, vocab_size=wrong)
+        found = re.fullmatch(rf"vocab_size={wrong} is .*: {where} (\d+) would do", str(caught.value))
+        assert found, caught.value
+        right = int(found[1])
+        assert train_sentencepiece(texts, vocab_size=right).vocab_size == right
+        with pytest.raises(UserError, match=where):
+            train_sentencepiece(texts, vocab_size=right - 1 if where == "at least" else right + 1)

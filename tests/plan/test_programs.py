@@ -46,7 +46,8 @@ from rlhf_jax.interop.pretrained import Pretrained, Scratch
 from rlhf_jax.models import ModelSpec, lora
 from rlhf_jax.models.spec import Lora
 from rlhf_jax.optim import Optimizer
-from rlhf_jax.plan import estimate, programs
+from rlhf_jax.plan import estimate, flops, programs
+from rlhf_jax.plan.sizes import device_bytes
 from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.group_judge import JudgeReward
 from rlhf_jax.rewards.judging import LocalJudge
@@ -167,7 +168,7 @@ def test_a_method_without_a_critic_has_its_programs():
     of_ppo, one = (next(p for p in found if (p.stage, p.name) == (name, "iteration")) for name in ("ppo", "grpo"))
     with sharding.scope(sharding.make_mesh(MESHES[0])):
         assert one.function.lower(*one.args) is not None
-    ppo_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (of_ppo, one))
+    ppo_bytes, own = (device_bytes(p.roles["optimiser"]) for p in (of_ppo, one))
     assert own < 0.6 * ppo_bytes
 
 
@@ -183,7 +184,7 @@ def test_ppos_details_have_their_programs():
     plain, learn = by_name["ppo.iteration"], by_name["details.learn"]
     with sharding.scope(mesh):
         assert learn.function.lower(*learn.args) is not None
-    plain_bytes, own = (programs.device_bytes(p.roles["optimiser"]) for p in (plain, learn))
+    plain_bytes, own = (device_bytes(p.roles["optimiser"]) for p in (plain, learn))
     assert own < 0.6 * plain_bytes
     assert learn.args[0].older.tokens.sharding.shard_shape((128, 28)) == (16, 28)
     fisher = jax.tree.leaves(learn.args[1].anchor.fisher)
@@ -255,7 +256,7 @@ def test_reward_models_of_every_kind_can_be_planned():
             assert one.function.lower(*one.args).as_text(), name
     assert found["rated"].tokens == 32 * 32 and found["steps"].args[1].ends.shape == (32, 8)
     assert found["models"].args[1].tokens.shape == (32, 3, 4, 64) and found["heads"].tokens == 32 * 4 * 64
-    sizes = {name: programs.device_bytes(one.roles["parameters"]) for name, one in found.items()}
+    sizes = {name: device_bytes(one.roles["parameters"]) for name, one in found.items()}
     assert 2.9 < sizes["models"] / sizes["steps"] <= 3 and sizes["heads"] < 1.1 * sizes["steps"]
 
 
@@ -277,7 +278,7 @@ def test_offline_stages_are_known():
     assert {name: one.calls for name, one in plan.items()} == {
         "ilql.train": 6, "ilql.decode": 4 * 2, "weighted.train": 6, "weighted.decode": 2 * 2,  # 100 by 64, each policy
     }  # fmt: skip
-    own = {name: programs.device_bytes(one.roles["parameters"]) for name, one in plan.items() if "train" in name}
+    own = {name: device_bytes(one.roles["parameters"]) for name, one in plan.items() if "train" in name}
     assert own["ilql.train"] > own["weighted.train"]  # the heads too
     with sharding.scope(mesh):
         for one in plan.values():
@@ -299,3 +300,22 @@ def test_best_of_n_and_distillation_are_known():
     with sharding.scope(mesh):
         for one in plan.values():
             one.function.lower(*one.args)
+
+
+@pytest.mark.parametrize("follows", [None, preference.Sync()], ids=["stays", "follows"])
+def test_the_references_pass_is_one_forward_of_all_pairs(follows):
+    pairs = SampledPairs(policy="base", prompts=100, heldout_prompts=20, completions=2, completion_tokens=20)
+    config = preference.Config(init="base", pairs=pairs, batch_size=16, length=32, steps=4, reference=follows)
+    plan = programs.programs(experiment(stages={"dpo": config}), sharding.make_mesh(MeshConfig(data=8)))
+    found = {one.name: one for one in plan}
+    assert set(found) == ({"reference", "train"} if follows is None else {"train"})  # else it is read in each step
+    if follows is not None:
+        return
+    read = found["reference"]
+    assert (read.calls, read.tokens) == (8, 16 * 2 * 32)  # 120 prompts in batches of 16
+    d, heads = SPEC.d_model, SPEC.n_heads * SPEC.head_dim
+    layer = 4 * d * heads + 3 * d * SPEC.d_ff + 2 * 32 * heads  # projections, MLP, scores and values of 32 keys
+    forward = 2 * read.tokens * (SPEC.n_layers * layer + d * SPEC.vocab_size)
+    assert flops.count(read.function.trace(*read.args).jaxpr).total() == forward
+    trained = found["train"]
+    assert flops.count(trained.function.trace(*trained.args).jaxpr).total() >= 3 * forward * 0.98
