@@ -21,6 +21,7 @@ from rlhf_jax.config import Experiment
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.shaping import OverlongPenalty
 from rlhf_jax.rewards.verifiers import AnswerChecker
 
 SUMS = Jsonl("sums.jsonl", heldout=0.2)
@@ -43,7 +44,7 @@ def get_config() -> Experiment:
                 optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=10),
             ),
             "dapo": policy.Config(
-                **METHODS["dapo"] | {"overlong": None, "dynamic_sampling": 2},
+                **METHODS["dapo"] | {"overlong": OverlongPenalty(buffer=2), "dynamic_sampling": 2},
                 policy="sft",
                 reward=AnswerChecker(),
                 data=SUMS,

@@ -103,7 +103,7 @@ class BenchArgs:
 
     sizes: str = "tiny,small"
     """Models, by commas: tiny, small, smollm2, and on an accelerator 1b and 8b."""
-    what: str = "sft,rm,dpo,decode,ppo,grpo,cold"
+    what: str = "sft,rm,dpo,decode,ppo,grpo,cost,cold,sweep"
     """Kinds of work, by commas, or single variants: decode/1, decode/batch, ppo/natural, ppo/shared, ppo/hydra …"""
     peers: str = "trl,tunix"
     """Libraries beside, by commas, in the environments that benchmarks/make_venvs.py makes; or "none"."""
@@ -114,7 +114,7 @@ class BenchArgs:
     venvs: Path | None = None
     """The folder of the libraries' environments; none: that in the user's cache."""
     results: Path | None = None
-    """A file of Markdown to write, such as benchmarks/RESULTS.md."""
+    """A file of Markdown to write, such as benchmarks/RESULTS.md; the curves of cost are drawn beside it."""
     limit: float = 1800.0
     """Seconds that a measurement may take."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -15,6 +15,7 @@ from rlhf_jax.config import Experiment
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.interop.pretrained import Bundled
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.shaping import OverlongPenalty
 from rlhf_jax.rewards.verifiers import AnswerChecker
 
 SUMS = Jsonl("sums.jsonl", heldout=0.2)
@@ -52,7 +53,7 @@ def get_config() -> Experiment:
         "rloo": on_policy("rloo"),
         "grpo": on_policy("grpo", **twice),
         "dr_grpo": on_policy("dr_grpo", **twice),
-        "dapo": on_policy("dapo", overlong=None, dynamic_sampling=2, **twice),
+        "dapo": on_policy("dapo", overlong=OverlongPenalty(buffer=2), dynamic_sampling=2, **twice),
         "gspo": on_policy("gspo", **twice),
         "cispo": on_policy("cispo", **twice),
         "gmpo": on_policy("gmpo", **twice),

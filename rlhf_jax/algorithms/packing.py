@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
-from rlhf_jax.masking import positions
+from rlhf_jax.masking import last_index, positions
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.numerics import require
 from rlhf_jax.sharding import constrain, splits
@@ -137,22 +137,59 @@ def read(packing: Packing | None, spec: ModelSpec, params: Params, batch: Rollou
     if batch.placed is None or packing is None:
         states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask)
         return Reading(states[:, prompt - 1 : -1], batch.tokens[:, prompt:], batch.mask, routing, None, (b, t))
-    width = packing.length * t
-    shards, size = _shards(b), packing.rows * width
-    own = [x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask)]
+    states, mask, routing = _states(packing, spec, params, batch)
+    shards, size = states.shape[:2]
+    places, tokens, learnt = (x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask))
+    kept = int(packing.completions * size)
+    where = jax.vmap(lambda x: jnp.nonzero(x, size=kept, fill_value=b // shards * t)[0])(learnt)
+    at = jnp.minimum(where, b // shards * t - 1)
+    before = _of_each(places, at) - 1
+    return Reading(_of_each(states, jnp.clip(before, 0, size - 1)), _of_each(tokens, at), mask, routing, where, (b, t))
+
+
+def at_last(
+    packing: Packing, spec: ModelSpec, params: Params, batch: Rollout, mask: Bool[Array, "b t"]
+) -> Float[Array, "b D"]:
+    """The states of a transformer's own `params` at each row's last token of `mask`; of rows of other parts, any."""
+    states, *_ = _states(packing, spec, params, batch)
+    shards, size = states.shape[:2]
+    last = jnp.take_along_axis(batch.placed, jnp.maximum(last_index(mask), 0)[:, None], axis=1)
+    return _of_each(states, jnp.minimum(last, size - 1).reshape(shards, -1)).reshape(len(mask), -1)
+
+
+def summed(packing: Packing, fn: Callable[[Rollout], Any], batch: Rollout) -> Any:
+    """fn(batch) for a row-wise function, computed for a part at a time: of a row that is not there it is not asked."""
+    count, part = parts(packing, batch, batch.completion_mask)
+
+    def one(index: Array) -> Any:
+        rows = part(index)
+        there = rows.mask.any(-1)
+        return jax.tree.map(lambda x: jnp.where(there.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), fn(rows))
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
+    return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), zeros)
+
+
+def _states(
+    packing: Packing, spec: ModelSpec, params: Params, batch: Rollout
+) -> tuple[Float[Array, "d w D"], Bool[Array, "r l"], Any]:
+    """A transformer's states where tokens were laid; what of the longer rows is read, and where it was routed."""
+    b, t = batch.tokens.shape
+    width, shards = packing.length * t, _shards(b)
+    size = packing.rows * width
     row = jnp.arange(b // shards).repeat(t) + 1
 
     def lay(place: Array, tokens: Array) -> tuple[Array, Array]:
         empty = jnp.zeros(size, jnp.int32)
         return empty.at[place].set(tokens, mode="drop"), empty.at[place].set(row, mode="drop")
 
-    tokens, segments = (constrain(x.reshape(-1, width), "batch", None) for x in jax.vmap(lay)(*own[:2]))
+    laid = jax.vmap(lay)(batch.placed.reshape(shards, -1), batch.tokens.reshape(shards, -1))
+    tokens, segments = (constrain(x.reshape(-1, width), "batch", None) for x in laid)
     mask = segments > 0
     states, routing = models.hidden_and_routing(spec, params, tokens, mask, segment_ids=segments)
-    kept = int(packing.completions * size)
-    where = jax.vmap(lambda x: jnp.nonzero(x, size=kept, fill_value=len(row))[0])(own[2])
-    at = jnp.minimum(where, len(row) - 1)
-    before = jax.vmap(lambda place, index: place[index] - 1)(own[0], at)
-    states = jax.vmap(lambda x, index: x[index])(states.reshape(shards, size, -1), jnp.clip(before, 0, size - 1))
-    predicted = jax.vmap(lambda x, index: x[index])(own[1], at)
-    return Reading(states, predicted, mask, routing, where, (b, t))
+    return states.reshape(shards, size, -1), mask, routing
+
+
+def _of_each(x: Array, index: Array) -> Array:
+    """Of each shard's entries some."""
+    return jax.vmap(lambda own, at: own[at])(x, index)

@@ -237,7 +237,7 @@ class Algorithm(CriticFree):
         has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout)
         if c.overlong is not None:
             shaped += overlong_penalties(mask.sum(-1), c.overlong, limit=c.completion_tokens)
-        groups = shaped.reshape(-1, c.group_size)
+        groups = rollout.scores.reshape(-1, c.group_size)  # before the overlong penalty, as dynamic sampling reads them
         equal = jnp.repeat(groups.max(-1) == groups.min(-1), c.group_size)
         drawn = jnp.ones_like(equal) if rollout.used is None else rollout.used
         used = drawn if c.learn_unfinished else drawn & has_ended

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import masking, models
+from rlhf_jax import kl, masking, models
 from rlhf_jax.algorithms import consolidation, iterations, pretraining_mix, scoring, truncation
 from rlhf_jax.algorithms import packing as packed
 from rlhf_jax.algorithms.consolidation import Consolidation
@@ -29,13 +29,12 @@ from rlhf_jax.data.prompts import PromptBatch
 from rlhf_jax.data.sources import Data
 from rlhf_jax.data.texts import check_texts
 from rlhf_jax.kl import AdaptiveKL, FixedKL
-from rlhf_jax.logprobs import ratio_deviation, token_logps
+from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.heads import HEAD
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
-from rlhf_jax.rewards.ensemble import reward as read_reward
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import Stops, ended, generate
 from rlhf_jax.train_step import Parts, Step, in_parts, keep_if, make_train_step
@@ -73,8 +72,8 @@ class PolicyGradientConfig(OnPolicyConfig):
     average: float | None = None
     """Decay of a moving average of the policy's parameters over iterations, which is what the stage ends with."""
     packing: Packing | None = None
-    """A minibatch's completions are laid end to end where they are learnt from, in parts: faster where many are short;
-    none: as they are, in `num_microbatches`."""
+    """Completions are laid end to end where they are scored and learnt from, in parts: faster where many are short;
+    none: as they are, a minibatch in `num_microbatches`."""
     exact_kl_rows: int = 32
     """Completions an iteration whose KL is also summed over the whole vocabulary."""
 
@@ -264,17 +263,18 @@ class PolicyGradient(ABC):
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
 
         def compared(rows: Rollout, ref_logits: Array) -> Compared:
-            mask = rows.completion_mask[:, c.prompt_length :]
-            logits, values = self.logits_and_values(policy, rows)
-            read = self.kept_logps(logits, rows), logits, values, ref_logits, mask
-            return scoring.compared(*read, temperature=c.sampling.temperature)
+            at, logits, values = self.logits_and_values(policy, rows)
+            entropies = entropy(logits, temperature=c.sampling.temperature)
+            exact = kl.exact(logits / c.sampling.temperature, ref_logits / c.sampling.temperature)
+            spread = (self.in_rows(x, at, rows) for x in (entropies, exact))
+            return Compared(self.read_logps(logits, at, rows), values, *spread)
 
         def part(rows: Rollout) -> tuple[Any, ...]:
-            ref_logits = self.completion_logits(reference, rows)
+            at, ref_logits, _ = self.logits_and_values(reference, rows)
             again = compared(rows, ref_logits) if recomputed else None
-            return again, self.kept_logps(ref_logits, rows), self.readings(reward, frozen, rows)
+            return again, self.read_logps(ref_logits, at, rows), self.readings(reward, frozen, rows)
 
-        read, ref_logps, readings = in_parts(part, rollout, c.parts)
+        read, ref_logps, readings = scoring.in_parts(c.packing, part, rollout, c.parts)
         if read is None:
             some = jax.tree.map(lambda x: x[: c.exact_kl_rows], rollout)
             read = in_parts(
@@ -297,7 +297,7 @@ class PolicyGradient(ABC):
         c = self.config
         if not isinstance(c.scored_by, str):
             return {"score": rows.scores}
-        read = read_reward(self.spec, reward, frozen.ensemble, rows.tokens, rows.prompt_mask | rows.read)
+        read = scoring.scores(self.spec, c.packing, reward, frozen.ensemble, rows)
         if c.network is None:
             return read
         return {**read, "score": rows.scores + c.network.shaped(read["score"]), "network_score": read["score"]}
@@ -310,10 +310,10 @@ class PolicyGradient(ABC):
         policy = frozen.policy(state.policy.params)
 
         def part(rows: Rollout) -> tuple[Array, Array | None]:
-            logits, values = self.logits_and_values(policy, rows)
-            return self.kept_logps(logits, rows), values
+            at, logits, values = self.logits_and_values(policy, rows)
+            return self.read_logps(logits, at, rows), values
 
-        logps, values = in_parts(part, rollout, c.parts)
+        logps, values = scoring.in_parts(c.packing, part, rollout, c.parts)
         rollout = self.with_own_values(rollout.replace(old_logps=self.padded(logps)), values)
         return rollout, scoring.stale_metrics(rollout, state.policy.step, bound)
 
@@ -324,8 +324,8 @@ class PolicyGradient(ABC):
 
     def deviation(self, policy: TrainState, frozen: Frozen, first: Rollout) -> Float[Array, ""]:
         """How far the ratio is from 1 before the first update: on the rows of the first minibatch."""
-        logits = self.completion_logits(frozen.policy(policy.params), first)
-        return ratio_deviation(self.kept_logps(logits, first), old_logps(first)[:, self.config.prompt_length :])
+        at, logits, _ = self.logits_and_values(frozen.policy(policy.params), first)
+        return ratio_deviation(self.read_logps(logits, at, first), old_logps(first)[:, self.config.prompt_length :])
 
     def policy_update(
         self, policy: TrainState, stopped: Bool[Array, ""], batch: Any, frozen: Frozen
@@ -361,12 +361,6 @@ class PolicyGradient(ABC):
         """Zeros in place of the prompt."""
         return jnp.pad(x, ((0, 0), (self.config.prompt_length, 0)))
 
-    def kept_logps(self, logits: Float[Array, "b n v"], rollout: Rollout) -> Float[Array, "b n"]:
-        """Of the completion's tokens at the sampling temperature, 0 elsewhere."""
-        window = slice(self.config.prompt_length, None)
-        logps = token_logps(logits, rollout.tokens[:, window], temperature=self.config.sampling.temperature)
-        return masking.keep(logps, rollout.completion_mask[:, window])
-
     def with_own_values(self, rollout: Rollout, values: Float[Array, "b n"] | None) -> Rollout:
         """With the values of a policy's own head; as it is where the policy has none."""
         if values is None:
@@ -379,21 +373,24 @@ class PolicyGradient(ABC):
 
     def read_logps(self, logits: Float[Array, "*c v"], at: Reading, batch: Rollout) -> Float[Array, "b n"]:
         """Of the completion's tokens at the sampling temperature, in their rows, 0 elsewhere."""
-        logps = token_logps(logits, at.tokens, temperature=self.config.sampling.temperature)
+        return self.in_rows(token_logps(logits, at.tokens, temperature=self.config.sampling.temperature), at, batch)
+
+    def in_rows(self, x: Float[Array, "*c"], at: Reading, batch: Rollout) -> Float[Array, "b n"]:
+        """What was computed of a minibatch's completion tokens, in their rows, 0 elsewhere."""
         prompt = self.config.prompt_length
-        return masking.keep(at.in_rows(logps, prompt=prompt), batch.completion_mask[:, prompt:])
+        return masking.keep(at.in_rows(x, prompt=prompt), batch.completion_mask[:, prompt:])
 
     def logits_and_values(
-        self, params: Params, rollout: Rollout
-    ) -> tuple[Float[Array, "b n v"], Float[Array, "b n"] | None]:
+        self, params: Params, rows: Rollout
+    ) -> tuple[Reading, Float[Array, "*c v"], Float[Array, "b n"] | None]:
         """Logits that predict the completion's tokens, and the values before them where the parameters have a head.
 
         Prompts never reach the vocabulary.
         """
-        states = models.hidden(self.spec, params, rollout.tokens, rollout.mask)[:, self.config.prompt_length - 1 : -1]
-        values = models.read_head(params, states) if HEAD in params else None
-        return models.unembed(self.spec, params, states), values
+        at = self.reading(params, rows)
+        values = self.in_rows(models.read_head(params, at.states), at, rows) if HEAD in params else None
+        return at, models.unembed(self.spec, params, at.states), values
 
-    def completion_logits(self, params: Params, rollout: Rollout) -> Float[Array, "b n v"]:
+    def completion_logits(self, params: Params, rows: Rollout) -> Float[Array, "*c v"]:
         """The logits alone."""
-        return self.logits_and_values(params, rollout)[0]
+        return self.logits_and_values(params, rows)[1]

@@ -34,7 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     # Liu et al. 2025: neither the group's spread nor a completion's own length divides; no KL.
     "dr_grpo": {**_NO_KL, "scale": "none", "reducer": "fixed"},
-    # Yu et al. 2025: clip-higher, token mean, dynamic sampling, a penalty on the last tokens (a fifth of them); no KL.
+    # Yu et al. 2025: clip-higher, token mean, dynamic sampling, a penalty on the last tokens, which are a fifth of
+    # the limit in the paper and `overlong.buffer` here; no KL.
     "dapo": {
         **_NO_KL, "clip_eps_high": 0.28, "reducer": "token", "dynamic_sampling": 8, "overlong": OverlongPenalty(),
     },

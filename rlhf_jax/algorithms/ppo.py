@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import guard, importance, kl, losses, masking, models
 from rlhf_jax.advantages import gae, token_rewards
-from rlhf_jax.algorithms import onpolicy, replay
+from rlhf_jax.algorithms import onpolicy, replay, scoring
 from rlhf_jax.algorithms.context import Context, Role, copies, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
@@ -33,7 +33,7 @@ from rlhf_jax.models.heads import box
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Disaggregated, Idle
-from rlhf_jax.train_step import Step, in_parts, make_train_step, sharded_state
+from rlhf_jax.train_step import Step, make_train_step, sharded_state
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
 PARTS = ("approx_kl", "ptx_loss", "ewc_penalty", "value_loss", "value_clipped")
@@ -153,10 +153,10 @@ class Algorithm(PolicyGradient):
         c, critic = self.config, frozen.network(state.critic.params)
 
         def part(rows: Rollout) -> Array:
-            values = models.values(self.spec, critic, rows.tokens, rows.mask)[:, c.prompt_length :]
-            return masking.keep(values, rows.completion_mask[:, c.prompt_length :])
+            at = self.reading(critic["trunk"], rows)
+            return self.in_rows(models.read_head(critic, at.states), at, rows)
 
-        return rollout.replace(values=self.padded(in_parts(part, rollout, c.parts)))
+        return rollout.replace(values=self.padded(scoring.in_parts(c.packing, part, rollout, c.parts)))
 
     def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
         """Rewards a token, and from these advantages and returns."""

@@ -3,15 +3,20 @@
 Shapes: b rollouts, m of them, n completion tokens, t tokens of prompt and completion.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import kl, masking
+from rlhf_jax import kl, masking, models, train_step
+from rlhf_jax.algorithms import packing as packed
+from rlhf_jax.algorithms.packing import Packing
 from rlhf_jax.algorithms.rollouts import loss_mask, row_mean
-from rlhf_jax.logprobs import entropy, ratio_deviation
-from rlhf_jax.types import Metrics, Rollout
+from rlhf_jax.logprobs import ratio_deviation
+from rlhf_jax.models import ModelSpec
+from rlhf_jax.rewards.ensemble import Ensemble, combined, each, reward
+from rlhf_jax.types import Metrics, Params, Rollout
 
 
 class Compared(NamedTuple):
@@ -25,20 +30,25 @@ class Compared(NamedTuple):
     """KL to the reference, over the whole vocabulary."""
 
 
-def compared(
-    logps: Float[Array, "m n"],
-    logits: Float[Array, "m n v"],
-    values: Float[Array, "m n"] | None,
-    ref_logits: Float[Array, "m n v"],
-    mask: Bool[Array, "m n"],
-    *,
-    temperature: float,
-) -> Compared:
-    """What the logits of both say of each completion token; 0 where `mask` is False."""
-    entropies = masking.keep(entropy(logits, temperature=temperature), mask)
-    return Compared(
-        logps, values, entropies, masking.keep(kl.exact(logits / temperature, ref_logits / temperature), mask)
-    )
+def in_parts(packing: Packing | None, fn: Callable[[Rollout], Any], rollout: Rollout, parts: int) -> Any:
+    """fn(rollout) for a row-wise function, a part at a time: of so many, or of those that completions are laid in."""
+    if packing is None:
+        return train_step.in_parts(fn, rollout, parts)
+    return packed.summed(packing, fn, rollout)
+
+
+def scores(
+    spec: ModelSpec, packing: Packing | None, params: Params, ensemble: Ensemble | None, rows: Rollout
+) -> dict[str, Float[Array, " b"]]:
+    """`rewards.ensemble.reward` of what a reward reads of rows, as they are or laid in parts."""
+    mask = rows.prompt_mask | rows.read
+    if packing is None or rows.placed is None:
+        return reward(spec, params, ensemble, rows.tokens, mask)
+
+    def read(one: Params) -> Float[Array, " b"]:
+        return models.read_head(one, packed.at_last(packing, spec, one["trunk"], rows, mask))
+
+    return combined(each(spec, params, ensemble, read), ensemble)
 
 
 def metrics(

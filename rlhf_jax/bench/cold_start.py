@@ -41,12 +41,11 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
 
     Raises RuntimeError, with what the run said last, where there is none.
     """
-    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "rlhf_jax", "run", str(CONFIG), "--workdir", str(workdir)]
     metrics, log = workdir / "metrics.jsonl", workdir.with_suffix(".log")
     began = time.perf_counter()
     with log.open("wb") as said:
-        environment = os.environ | kept | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        environment = os.environ | keeping(cache)
         run = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
         try:
             while not (metrics.exists() and metrics.stat().st_size):
@@ -59,6 +58,15 @@ def seconds_to_first_step(workdir: Path, cache: Path) -> float:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
             run.wait()
+
+
+def keeping(cache: Path) -> dict[str, str]:
+    """The settings by which JAX keeps every compiled program in a folder."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_jax.bench import table
+from rlhf_jax.bench import curves, table
 from rlhf_jax.bench.processes import PEERS, Bench
 from rlhf_jax.bench.work import SIZES, choose, names
 from rlhf_jax.cache import cache_dir
@@ -16,6 +16,8 @@ from rlhf_jax.files import write_whole
 
 if TYPE_CHECKING:
     from rlhf_jax.cli import BenchArgs
+
+CURVES = "cost.png"
 
 
 def prepared(args: "BenchArgs") -> Bench:
@@ -35,10 +37,11 @@ def prepared(args: "BenchArgs") -> Bench:
 
 
 def shown(bench: Bench, *, results: Path | None, as_json: bool) -> str:
-    """The table, or the JSON, of what was measured; `results` is written with it."""
+    """The table, or the JSON, of what was measured; `results` is written with it, and beside it the curves of cost."""
     found = table.rows(bench)
     if results is not None:
-        write_whole(results, table.markdown(bench, found))
+        drawn = curves.draw(found, results.with_name(CURVES))
+        write_whole(results, table.markdown(bench, found) + (f"\n![Cost against work]({CURVES})\n" if drawn else ""))
     if as_json:
         return json.dumps(table.as_json(bench, found))
     return f"{table.text(table.lines(found, ('ours', *bench.peers)))}\n\n{table.NOTES}"

@@ -129,7 +129,7 @@ class Bench:
                 if "error" in made:
                     return {"error": f"weights: {made['error']}"}
         if one.side == "ours":
-            module = "ours" if work.size in SIZES else "cold_start"
+            module = {"cold": "cold_start", "sweep": "sweep_time"}.get(work.kind, "ours")
             return self._process([sys.executable, "-m", f"rlhf_jax.bench.{module}", str(job)], one.key, _own())
         python = self.venvs / PEERS[one.side][work.kind] / "bin" / "python"
         script = ROOT / "benchmarks" / "peers" / f"{one.side}_side.py"

@@ -12,6 +12,7 @@ from rlhf_jax.algorithms import iterations, policy, ppo, preference, reference, 
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.iterations import behaviour
 from rlhf_jax.algorithms.onpolicy import SharedTrunk
+from rlhf_jax.algorithms.packing import Packing
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.bench.work import BOS, EOS, PAD, Work
 from rlhf_jax.checkpoint import save_params
@@ -23,7 +24,7 @@ from rlhf_jax.data.prompts import pad_left
 from rlhf_jax.data.text import Row
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.plan import flops
-from rlhf_jax.sampling import Sampling
+from rlhf_jax.sampling import Sampling, Turns
 from rlhf_jax.sampling.batched import sampling_program
 from rlhf_jax.train_step import compiled
 
@@ -32,6 +33,9 @@ SLOW = Optimizer(learning_rate=1e-9)
 hangs on few and small weights (`weights.ending`), which at 1e-6 are others after some iterations."""
 BATCHES = 4
 """Different batches of rows that there are; steps draw from these for ever."""
+
+SHORT = {"turns": Turns(16), "packing": Packing(rows=1, length=4, completions=0.5)}
+"""Of an on-policy stage whose completions end long before their limit."""
 
 
 @dataclass
@@ -207,6 +211,7 @@ def _on_policy(work: Work) -> dict[str, Any]:
         "completion_tokens": work.completion,
         "exact_kl_rows": min(32, work.rows),
         "optimizer": SLOW,
+        **(SHORT if work.variant == "natural" else {}),
     }
 
 
@@ -264,6 +269,7 @@ TASKS: dict[str, Callable[[Work, Context], Task]] = {
     "dpo": dpo_task,
     "decode": decode_task,
     "ppo": ppo_task,
+    "cost": ppo_task,
     "grpo": grpo_task,
 }
 """By kind of work."""

@@ -17,7 +17,7 @@ class Work:
     """One row of the table: what a process does again and again, a turn at a time."""
 
     size: str
-    """A name of `SIZES`, or `COLD`."""
+    """A name of `SIZES`, or `COMMAND`."""
     what: str
     """A name of `KINDS`, such as "sft" or "ppo/natural"."""
     rows: int
@@ -83,7 +83,7 @@ class Size:
 
 
 TINY = ModelSpec(
-    vocab_size=4096, d_model=192, n_layers=4, n_heads=6, n_kv_heads=6, head_dim=32, d_ff=512, max_len=512,
+    vocab_size=4096, d_model=192, n_layers=4, n_heads=6, n_kv_heads=6, head_dim=32, d_ff=512, max_len=2048,
     scale_embedding=False, tied=False,
 )  # fmt: skip
 SMALL = replace(TINY, vocab_size=8192, d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64, d_ff=1408)
@@ -130,6 +130,8 @@ SIZES: dict[str, Size] = {
 }  # fmt: skip
 """The models by name: 3.3M parameters, 34M, SmolLM2-135M's shape, and those of Llama 3 with 1 and 8 billion."""
 
+COSTS = (*((rows, 48) for rows in (8, 16, 32, 64, 128, 256)), *((16, length) for length in (64, 128, 256, 512, 1024)))
+"""Rows and completion tokens of the curves of cost."""
 KINDS = {
     "sft": ("sft",),
     "rm": ("rm",),
@@ -137,18 +139,23 @@ KINDS = {
     "decode": ("decode/1", "decode/batch"),
     "ppo": ("ppo", "ppo/natural", "ppo/shared", "ppo/hydra"),
     "grpo": ("grpo",),
+    "cost": tuple(f"cost/{rows}x{completion}" for rows, completion in COSTS),
     "cold": ("cold/compiling", "cold/cached"),
+    "sweep": ("sweep/apart", "sweep/together"),
 }
 """The kinds of work and their variants: decoding a single row or a batch; PPO with completions that run to their limit,
 that end by themselves at a quarter of it in the mean, with a value head on the policy, with one frozen base and an
-adapter a network; a cold start without and with what an earlier one has compiled."""
+adapter a network; of the smallest size PPO by rows and by the length of completions; a cold start without and with what
+an earlier one has compiled; runs that differ in their seeds, one after another or in a sweep."""
 
-COLD = "quickstart"
-"""The size that a cold start is one of: configs/quickstart.py as it is."""
+COMMAND = "quickstart"
+"""The size that cold starts and sweeps are of: configs/quickstart.py."""
+COMMANDS = ("cold", "sweep")
+"""The kinds that measure a command."""
 
 
 def choose(sizes: str, whats: str, *, accelerator: bool) -> list[Work]:
-    """The rows of the table, of comma-separated names, cold starts last; UserError for a name that there is not."""
+    """The rows of the table, of comma-separated names, commands last; UserError for a name that there is not."""
     chosen = []
     for size in names("--sizes", sizes, tuple(SIZES)):
         if SIZES[size].accelerator and not accelerator:
@@ -156,7 +163,7 @@ def choose(sizes: str, whats: str, *, accelerator: bool) -> list[Work]:
         known = (*KINDS, *(what for variants in KINDS.values() for what in variants if "/" in what))
         for name in names("--what", whats, known):
             chosen += [_work(size, what) for what in KINDS.get(name, (name,))]
-    return sorted(dict.fromkeys(chosen), key=lambda work: work.size == COLD)
+    return sorted(dict.fromkeys(chosen), key=lambda work: work.size == COMMAND)
 
 
 def names(flag: str, given: str, known: tuple[str, ...]) -> list[str]:
@@ -169,9 +176,12 @@ def names(flag: str, given: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _work(size: str, what: str) -> Work:
-    kind = what.partition("/")[0]
-    if kind == "cold":
-        return Work(COLD, what, 0, 0, 0, 1)
+    kind, _, variant = what.partition("/")
+    if kind in COMMANDS:
+        return Work(COMMAND, what, 0, 0, 0, 1)
+    if kind == "cost":
+        rows, completion = map(int, variant.split("x"))
+        return Work("tiny", what, rows, 16, completion, 2, epochs=4, minibatches=4)
     rows, prompt, completion, turns = SIZES[size].rows[kind]
     more = {"ppo": {"epochs": 4, "minibatches": 4}, "grpo": {"group": 8}}.get(kind, {})
     return Work(size, what, 1 if what == "decode/1" else rows, prompt, completion, turns, **more)

@@ -100,9 +100,13 @@ def reward(
     mask: Bool[ArrayLike, "b t"],
 ) -> dict[str, Float[Array, " b"]]:
     """A row's "score", and, of an ensemble, its "uncertainty": the standard deviation among members, in score."""
+    return combined(member_scores(spec, params, ensemble, tokens, mask), ensemble)
+
+
+def combined(scores: Float[Array, "n b"], ensemble: Ensemble | None) -> dict[str, Float[Array, " b"]]:
+    """What `reward` says, of all members' scores; a single network's (None) are its own."""
     if ensemble is None:
-        return {"score": models.score(spec, params, tokens, mask)}
-    scores = member_scores(spec, params, ensemble, tokens, mask)
+        return {"score": scores[0]}
     return {"score": ensemble.combine(scores), "uncertainty": scores.std(0)}
 
 

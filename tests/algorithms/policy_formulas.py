@@ -72,8 +72,8 @@ def dr_grpo(s, now, o, r, lengths):
 
 
 def dapo(s, now, o, r, lengths):
+    groups = [i for i, g in by_group(s, 4) if max(g) > min(g)]  # eq. 11 is of what is right, not of lengths
     s = [x + min(0.0, (N - 3 - n) / 3) for x, n in zip(s, lengths, strict=True)]  # eq. 13, a cache of 3 tokens
-    groups = [i for i, g in by_group(s, 4) if max(g) > min(g)]
     a = grpo_advantages(s)
     return sum(clip(jnp.exp(now[i] - o[i]), a[i], 0.2, 0.28).sum() for i in groups) / sum(lengths[i] for i in groups)
 

@@ -1,5 +1,6 @@
 """Completions laid end to end: every token in its place, none twice, and updates that are those of padded rows."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.policy_state import PolicyState
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.ensemble import Combine, Ensemble, init
 from rlhf_jax.rewards.verifiers import AnswerChecker
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import create_state
@@ -152,6 +154,62 @@ def test_updates_of_policy_and_critic_are_those_of_padded_rows(shared):
     if not shared:
         for a, b in zip(*(jax.tree.leaves(x[0].critic.params) for x in (found, expected)), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def scored(fields, *, own, ensemble=None, mesh=None):
+    """What a rollout's scoring says, by random networks."""
+    config = ppo.Config(**{**SIZES, "minibatches": 2, **fields})
+    learner = ppo.Algorithm(config, SPEC, eos_id=1, pad_id=0)
+    reference = sharding.unbox(models.init(SPEC, jax.random.key(3)))
+    one = lambda key: models.init_with_head(SPEC, key)  # noqa: E731
+    keys = jax.random.split(jax.random.key(4), 1 if ensemble is None else ensemble.members)
+    reward = sharding.unbox(one(keys[0]) if ensemble is None else init(one, keys, ensemble))
+    frozen = Frozen(reference=reference, reward=reward, base={}, head_base={}, ensemble=ensemble)
+    critic = sharding.unbox(models.init_with_head(SPEC, jax.random.key(5)))
+    rows = rollout()
+    cut = rows.completion_mask & (jnp.arange(PROMPT + NEW) < PROMPT + 3)
+    rows = rows.replace(scores=None, ref_logps=None, read_mask=cut)  # the reward reads three tokens at most
+
+    def run(rows):
+        rows, metrics = learner.score(own, frozen, rows)
+        if rows.values is None:
+            state = ppo.State(policy=None, average=None, critic=Critic(critic), kl=None, older=None)
+            rows = learner.with_values(rows, state, frozen)
+        return (rows.logps, rows.ref_logps, rows.values, rows.scores), metrics
+
+    if mesh is None:
+        return jax.device_get(jax.jit(run)(rows))
+    with sharding.scope(mesh):
+        return jax.device_get(jax.jit(run)(sharding.shard_batch(mesh, jax.device_get(rows))))
+
+
+@flax.struct.dataclass
+class Critic:
+    params: dict
+
+
+SCORINGS = {
+    "a network": {"own": networks()},
+    "values of the policy's trunk": {"own": networks(head=True)},
+    "models": {"own": networks(), "ensemble": Ensemble(members=3, combine=Combine("uwo"))},
+    "heads": {"own": networks(), "ensemble": Ensemble(members=2, of="heads", combine=Combine("wco"))},
+    "shards": {"own": networks(), "mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
+}
+
+
+@pytest.mark.parametrize("case", SCORINGS)
+def test_scores_are_those_of_padded_rows(case):
+    how = dict(SCORINGS[case])
+    mesh = sharding.make_mesh(how.pop("mesh")) if "mesh" in how else None
+    arrays, metrics = scored({}, **how)
+    assert all(np.abs(x).max() > 0.1 for x in arrays)
+    found, found_metrics = scored({"packing": Packing(rows=2, completions=0.75)}, **how, mesh=mesh)
+    for a, b in zip(found, arrays, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert found_metrics.keys() == metrics.keys()
+    assert ("uncertainty" in metrics) == ("ensemble" in how)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_each_shard_lays_its_own_rows():

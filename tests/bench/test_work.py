@@ -15,10 +15,21 @@ def test_a_kind_is_all_its_variants_and_each_stands_once():
     assert whats("tiny,small", "ppo/hydra") == [("tiny", "ppo/hydra"), ("small", "ppo/hydra")]
 
 
-def test_cold_starts_are_of_no_size_and_come_last():
-    assert whats("tiny,small", "cold,rm") == [
-        ("tiny", "rm"), ("small", "rm"), ("quickstart", "cold/compiling"), ("quickstart", "cold/cached")
+def test_commands_are_of_no_size_and_come_last():
+    assert whats("tiny,small", "cold,sweep/apart,rm") == [
+        ("tiny", "rm"), ("small", "rm"),
+        ("quickstart", "cold/compiling"), ("quickstart", "cold/cached"), ("quickstart", "sweep/apart"),
     ]  # fmt: skip
+
+
+def test_curves_of_cost_are_of_the_smallest_size_alone():
+    works = choose("small,tiny", "cost", accelerator=False)
+    assert {(work.size, work.prompt, work.epochs, work.minibatches) for work in works} == {("tiny", 16, 4, 4)}
+    assert {(work.rows, work.completion) for work in works} == {
+        (8, 48), (16, 48), (32, 48), (64, 48), (128, 48), (256, 48),
+        (16, 64), (16, 128), (16, 256), (16, 512), (16, 1024),
+    }  # fmt: skip
+    assert SIZES["tiny"].spec.max_len >= 16 + 1024
 
 
 @pytest.mark.parametrize(
@@ -37,7 +48,8 @@ def test_names_that_there_are_not(sizes, what, told):
 
 def test_on_an_accelerator_all_sizes(tmp_path):
     works = choose(",".join(SIZES), ALL, accelerator=True)
-    assert len(works) == len(SIZES) * sum(map(len, KINDS.values())) - (len(SIZES) - 1) * len(KINDS["cold"])
+    once = sum(len(KINDS[kind]) for kind in ("cost", "cold", "sweep"))
+    assert len(works) == len(SIZES) * sum(map(len, KINDS.values())) - (len(SIZES) - 1) * once
     assert {work.job(tmp_path, threads=1)["precision"] for work in works if work.size == "8b"} == {"bfloat16"}
 
 
