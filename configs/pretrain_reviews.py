@@ -15,6 +15,7 @@ from rlhf_jax.config import Experiment
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.inference import open_run
 from rlhf_jax.interop.pretrained import Scratch, write_bundle
+from rlhf_jax.interop.tokenizers import SentencePiece
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.optim import Optimizer
 
@@ -69,6 +70,7 @@ def main(workdir: Path) -> None:
         "config": experiment,
         "versions": made_by["versions"],
     }
+    assert isinstance(context.tokenizer, SentencePiece)  # Scratch has made it
     folder = Path(__file__).parent.parent / "rlhf_jax" / "bundled"
     write_bundle(folder, context.policy_params("pretrain"), context.tokenizer, card)
     print(f"{folder}: held-out loss {figures['heldout_loss']:.3f}")
