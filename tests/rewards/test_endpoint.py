@@ -47,6 +47,17 @@ def test_who_is_away_is_asked_again(tmp_path):
         assert time.monotonic() - began < 1.4
 
 
+@pytest.mark.parametrize("how", ["drip", "drip headers", "drip error"])
+def test_an_answer_that_comes_a_byte_now_and_then_is_late(tmp_path, how):
+    with Server(how) as server:
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot be reached \(timed out\), 2 times in a row"):
+            client(server, tmp_path / "a.jsonl", seconds=0.6, retries=1)([Question("q")])
+        assert time.monotonic() - began < 15 and len(server.asked) == 2  # whole answers would take a minute
+        server.script = [answer]
+        assert client(server, tmp_path / "a.jsonl")([Question("q")])[0].text == "B"
+
+
 @pytest.mark.parametrize(
     ("script", "said", "times"),
     [
