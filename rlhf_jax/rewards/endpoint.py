@@ -93,13 +93,15 @@ class Answer:
 class Client:
     """Answers to questions; each is kept in a file and never asked for twice.
 
-    Raises UserError, one line, where the endpoint refuses, answers in another language than the API's, or cannot be
-    reached within its retries; what was answered before is kept, so that the same command goes on.
+    Raises UserError, one line, for a key that cannot be one, and where the endpoint refuses, answers in another
+    language than the API's, or cannot be reached within its retries; what was answered before is kept, so that the same
+    command goes on.
     """
 
     def __init__(self, endpoint: Endpoint, cache: Path) -> None:
         """`cache` is a file of JSON lines; a last line that a killed process left incomplete is dropped."""
         self._endpoint, self._path, self._lock = endpoint, cache, threading.Lock()
+        self._key = _key(endpoint.api_key_env)
         self._known: dict[str, Answer] = {}
         if cache.exists():
             lines = cache.read_text(encoding="utf-8").split("\n")
@@ -144,7 +146,7 @@ class Client:
         e = self._endpoint
         address, pause = f"{e.url.rstrip('/')}/chat/completions", e.pause
         for attempt in range(e.retries + 1):
-            status, said, asks_for = post(address, body, os.environ.get(e.api_key_env, ""), e.seconds)
+            status, said, asks_for = post(address, body, self._key, e.seconds)
             if status == 200:
                 try:
                     return json.loads(said)
@@ -160,6 +162,17 @@ class Client:
             f"endpoint.url: {address} {what}, {e.retries + 1} times in a row; the answers so far are in {self._path}, "
             "and the same command goes on"
         )
+
+
+def _key(variable: str) -> str:
+    """What an environment variable holds, without the line break that a file of it ends in; never shown."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"endpoint.api_key_env: the environment variable {variable} holds what no HTTP header can: it must be one "
+            "line of printable ASCII"
+        )
+    return key
 
 
 def _read(reply: Any, url: str) -> Answer:

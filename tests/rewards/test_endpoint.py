@@ -58,6 +58,18 @@ def test_an_answer_that_comes_a_byte_now_and_then_is_late(tmp_path, how):
         assert client(server, tmp_path / "a.jsonl")([Question("q")])[0].text == "B"
 
 
+def test_a_key_loses_the_line_break_of_its_file_and_one_that_is_no_header_is_named_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret\n")
+    with Server(answer) as server:
+        client(server, tmp_path / "a.jsonl", api_key_env="MY_KEY")([Question("q")])
+        assert server.asked[0][1]["Authorization"] == "Bearer secret"
+        for key in ("sec\nret", "sécret", "sec\x7fret", "“secret”"):
+            monkeypatch.setenv("MY_KEY", key)
+            with pytest.raises(UserError, match=r"endpoint.api_key_env: the environment variable MY_KEY holds") as told:
+                client(server, tmp_path / "b.jsonl", api_key_env="MY_KEY")
+            assert "\n" not in str(told.value) and "ret" not in str(told.value).split("holds")[1]
+
+
 @pytest.mark.parametrize(
     ("script", "said", "times"),
     [
