@@ -111,11 +111,11 @@ class Client:
                     file.truncate(len("".join(f"{line}\n" for line in lines[:-1]).encode()))
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """One answer a question, in order."""
+        """One answer a question, in order; equal ones are asked once."""
         with ThreadPoolExecutor(self._endpoint.parallel) as threads:
-            futures = [threads.submit(self._answer, question) for question in questions]
+            futures = {question: threads.submit(self._answer, question) for question in dict.fromkeys(questions)}
             try:
-                return [future.result() for future in futures]
+                return [futures[question].result() for question in questions]
             finally:
                 threads.shutdown(cancel_futures=True)
 

@@ -58,6 +58,14 @@ def test_an_answer_that_comes_a_byte_now_and_then_is_late(tmp_path, how):
         assert client(server, tmp_path / "a.jsonl")([Question("q")])[0].text == "B"
 
 
+def test_equal_questions_are_asked_once(tmp_path):
+    questions = [Question(f"q{i % 2}") for i in range(12)]
+    with Server("hang", answer) as server:  # the first is under way while the others are due
+        ours = client(server, tmp_path / "a.jsonl", seconds=30.0, price_in=1.0)
+        assert [one.text for one in ours(questions)] == ["B"] * 12 and len(server.asked) == 2
+        assert ours.costs() == {"judge_requests": 2, "judge_tokens": 22, "judge_dollars": pytest.approx(20 / 1e6)}
+
+
 def test_a_key_loses_the_line_break_of_its_file_and_one_that_is_no_header_is_named_not_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret\n")
     with Server(answer) as server:
