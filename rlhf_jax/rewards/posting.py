@@ -37,8 +37,10 @@ class _Held(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     """An answer, headers included, for which there is as long altogether as its socket would wait for each byte."""
 
-    def __init__(self, sock: socket.socket, *args: Any, **named: Any) -> None:
-        super().__init__(sock, *args, **named)
+    def __init__(
+        self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None
+    ) -> None:
+        super().__init__(sock, debuglevel, method, url)
         seconds = sock.gettimeout()
         assert seconds is not None
         self.fp = io.BufferedReader(_Held(self.fp.detach(), sock, time.monotonic() + seconds))
