@@ -6,7 +6,7 @@ JAX nor NumPy: it is loaded by the process that rewards run in.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -50,8 +50,21 @@ class _Expression(Exception):
     """What stands where the answer should be is more than a number."""
 
 
+class Counted(list[float]):
+    """Scores, and `counts` of what a run should hear of beside them, by the metric's name."""
+
+    def __init__(self, scores: Iterable[float], counts: Mapping[str, int]) -> None:
+        super().__init__(scores)
+        self.counts = dict(counts)
+
+
 class TextReward:
     """What most functions of texts have nothing to do for; see `rewards.host.RewardFunction`."""
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Nothing but scores."""
+        return ()
 
     def prepare(self) -> None:
         """Nothing is loaded."""
