@@ -151,10 +151,11 @@ def _chat_prompt(run: Run, prompt: str) -> list[int]:
 
 
 def score(run: Run, path: Path, *, stage: str | None, fields: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """How a reward model ranks the rows of a JSONL file: {"n", "accuracy", "interval", "mean_margin", "cut", "stage"}.
+    """How a reward model ranks a JSONL file: {"n", "accuracy", "interval", "mean_margin", "cut", "dropped", "stage"}.
 
     n counts pairs: the file's, or, where it has texts with scores, all pairs of texts with different scores. `cut`
-    counts the rows of the file that were longer than those that the model was trained on, and were cut to that.
+    counts the rows of the file that were longer than those that the model was trained on, and were cut to that,
+    `dropped` transcripts without an answer to compare. Raises UserError where no row is left.
 
     Of ratings, labels and labelled steps n counts these, and the figures are those that a stage reports of such rows
     when they are held out (`evals.judgements`), but for the baselines, which are of the file's own mean. `fields` are
@@ -173,15 +174,20 @@ def score(run: Run, path: Path, *, stage: str | None, fields: Mapping[str, str] 
         figures = _judgements(kept, lambda *at: network.combined(read(*at)), judged[0], path)
         return {**figures, "cut": sum(row.longest > length for row in whole), "stage": name}
     rows: list[list[int]] = []
-    cut = 0
+    cut = dropped = 0
     encode = encode_pair(context.tokenizer)
     for one in judged:
         whole = encode(one) if isinstance(one, Pair) else _text_group(context.tokenizer, one)
+        if isinstance(one, Pair) and not whole.pairs:
+            dropped += 1
+            continue
         rows += whole.cut(length).rows()
         cut += whole.longest > length
+    if not rows:
+        raise UserError(f"{path}: no transcript has an answer to compare")
     scores = network(context.network(name), rows)
     targets = [one.score for one in judged if isinstance(one, Scored)]
-    return {**_agreement(scores, targets, path), "cut": cut, "stage": name}
+    return {**_agreement(scores, targets, path), "cut": cut, "dropped": dropped, "stage": name}
 
 
 def export_stage(

@@ -164,8 +164,8 @@ class TestScore:
         result = inference.score(run, write(PAIRS[:3]), stage=None)
         chosen, rejected = ([score_of(run, p["prompt"], p[key]) for p in PAIRS[:3]] for key in ("chosen", "rejected"))
         margins = np.subtract(chosen, rejected)
-        assert list(result) == ["n", "accuracy", "interval", "mean_margin", "cut", "stage"]
-        assert (result["n"], result["cut"], result["stage"]) == (3, 0, "reward_model")
+        assert list(result) == ["n", "accuracy", "interval", "mean_margin", "cut", "dropped", "stage"]
+        assert (result["n"], result["cut"], result["dropped"], result["stage"]) == (3, 0, 0, "reward_model")
         assert result["accuracy"] == pytest.approx(np.mean(margins > 0))
         assert result["mean_margin"] == pytest.approx(np.mean(margins), abs=1e-5)
         low, high = result["interval"]
@@ -175,6 +175,18 @@ class TestScore:
     def test_rows_that_are_too_long_are_cut_and_counted(self, run, write):
         long = {"prompt": "", "chosen": "word " * 100, "rejected": "short"}
         assert inference.score(run, write([*PAIRS, long]), stage=None)["cut"] == 2
+
+    def test_transcripts_without_an_answer_are_dropped_and_counted(self, run, write):
+        talk = "\n\nHuman: It was\n\nAssistant:"
+        unanswered, pair = (
+            {"chosen": f"{talk} good", "rejected": talk},
+            {"chosen": f"{talk} A", "rejected": f"{talk} B"},
+        )
+        result = inference.score(run, write([unanswered, pair, unanswered]), stage=None)
+        assert (result["n"], result["dropped"]) == (1, 2)
+        assert "no transcript has an answer to compare" in refused(
+            inference.score, run, write([unanswered]), stage=None
+        )
 
     def test_texts_with_scores(self, run, write):
         texts = ["Lovely!", "A bore.", "It is a film", "I slept through most of it"]

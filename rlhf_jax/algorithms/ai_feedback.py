@@ -1,8 +1,8 @@
 """RLAIF: preferences of a judge instead of people's (Bai et al. 2022, Constitutional AI, §4; Lee et al. 2023).
 
-A policy completes each prompt twice, a judge reads both in both orders, and the pair is kept with the judge's
-probability. The stage makes rows (prompt, chosen, rejected, probability) for a `reward_model` or `preference` stage:
-`pairs=FromStage("ai_feedback")`.
+A policy completes each prompt twice, a judge reads both in both orders unless they are the same, and the pair is kept
+with the judge's probability. The stage makes rows (prompt, chosen, rejected, probability) for a `reward_model` or
+`preference` stage: `pairs=FromStage("ai_feedback")`.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,13 +112,13 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     if not kept:
         raise UserError(f"{name}: of {len(made)} pairs {len(differ)} differ, and of none is the judge sure enough")
     made_rows.write(context, name, [{k: v for k, v in row.items() if k not in _READINGS} for row in kept])
-    figures = {"pairs": len(kept), "left_out": len(made) - len(kept), **_figures(made)}
+    figures = {"pairs": len(kept), "left_out": len(made) - len(kept), **_figures(differ)}
     if config.data is None and context.labelled:
         figures |= _agreement(kept, context)
     return figures | pair_judges.costs(judge)
 
 
-_READINGS = ("as_a", "as_b", "unread", "cut")
+_READINGS = ("as_a", "as_b", "unread", "cut", "asked")
 
 
 def _completions(config: Config, context: Context, name: str) -> Callable[[int, Sequence[PromptRow]], list[str]]:
@@ -157,7 +157,7 @@ def _judged(config: Config, judge: Ask, pairs: Sequence[tuple[PromptRow, str, st
 
 
 def _figures(rows: made_rows.Rows) -> dict[str, float]:
-    """How sure the judge is, and how much it minds the order."""
+    """How sure the judge is of pairs that differ, and how much it minds the order."""
     verdicts = [Verdict(row["as_a"], row["as_b"]) for row in rows]
     return {
         "confidence": float(np.mean([row["probability"] for row in rows])),

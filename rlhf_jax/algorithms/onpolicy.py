@@ -35,6 +35,9 @@ from rlhf_jax.rewards.with_network import NetworkPart
 from rlhf_jax.sampling import Sampling, stops
 from rlhf_jax.types import Params
 
+Reader = HostReward | GroupJudge
+"""Who reads completions on the host, and has metrics of it."""
+
 
 @dataclass(frozen=True)
 class ValueHead:
@@ -253,7 +256,7 @@ def train(
         turns = run(algorithm, state, places, fixed, scorer)
         del fixed  # some of it may wait in the host's memory from now on
         judge = scorer if isinstance(scorer, GroupJudge) else None  # who compares, and has no score for one completion
-        state = fit(algorithm, turns, state, prompts, context, name, judged_by, judge)
+        state = fit(algorithm, turns, state, prompts, context, name, judged_by, scorer)
         fixed, last = turns.readers(state)
         before, after = evaluate(
             Drawing(
@@ -298,7 +301,7 @@ def fit(
     context: Context,
     name: str,
     judges: Mapping[str, Judge],
-    judge: GroupJudge | None,
+    scorer: Reader | None,
 ) -> Any:
     """The iterations from the newest checkpoint on; returns what the last one left, its policy written."""
     config, batches = algorithm.config, prompt_batches(prompts.train, algorithm.config, context)
@@ -317,8 +320,8 @@ def fit(
             held, metrics, rollout = iterations(held, batches, last=step == config.steps)
             if "gold" in judges:
                 metrics["gold"] = judges["gold"](texts(rollout, context.tokenizer)[config.own_rows]).mean()
-            if judge is not None:
-                metrics |= judge.metrics()
+            if scorer is not None:
+                metrics |= scorer.metrics()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
             loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
     finish(context, name, held.final)
@@ -326,7 +329,7 @@ def fit(
 
 
 @contextmanager
-def reader(config: Rewarded, context: Context, name: str) -> Iterator[Scorer | None]:
+def reader(config: Rewarded, context: Context, name: str) -> Iterator[Reader | None]:
     """Who reads completions on the host: a function's process, which is ended afterwards, or a judge; None for a
     network.
     """

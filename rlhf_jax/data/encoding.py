@@ -163,11 +163,13 @@ def _check_ids(example: Example, tokenizer: Tokenizer) -> None:
 
 
 def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
-    """A chosen and a rejected completion as a group of two, both ended."""
+    """A chosen and a rejected completion as a group of two, both ended; where one of them is empty, without a pair."""
 
     def encode(pair: Pair) -> PreferenceGroup:
         chat, texts = chat_tokenizer(tokenizer), (pair.chosen, pair.rejected)
         annotators = () if pair.annotator is None else (pair.annotator,)
+        if not all(texts):
+            return encode_group(tokenizer, pair.prompt, texts, (), ())
         if chat is None or not pair.chosen_messages:
             return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,), annotators)
         prompts, completions = zip(

@@ -44,6 +44,7 @@ class Pair:
 
     prompt: str
     chosen: str
+    """Empty, as `rejected` may be, where a raw transcript ends before its last answer: nothing is compared then."""
     rejected: str
     margin: float = 0.0
     chosen_messages: tuple[Mapping[str, Any], ...] = ()
@@ -190,8 +191,11 @@ def pair(row: Fields) -> Pair:
     # raw transcripts (HH-RLHF) where the last answer begins that both have, whatever words the two have in common.
     shared = _shared(chosen, rejected)
     texts, turn = (chosen, rejected), chosen.rfind(_TURN, 0, shared)
-    if turn >= 0 and all(text[turn + len(_TURN) :].strip() for text in texts):
+    if turn >= 0:
         shared = turn + len(_TURN)
+        said = [text[shared:] if text.rpartition(_TURN)[2].strip() else "" for text in texts]
+        if not all(said):
+            return Pair(chosen[:shared], said[0], said[1], margin, annotator=row.annotator)
     while shared and not all(text[shared : shared + 1].isspace() and text[shared:].strip() for text in texts):
         shared -= 1
     return Pair(chosen[:shared], chosen[shared:], rejected[shared:], margin, annotator=row.annotator)

@@ -117,6 +117,7 @@ LABELS = {
     "rows_kept": Label("rows kept", "count"),
     "rows_learnt": Label("rows learnt from", "count"),
     "rows_merged": Label("rows merged, standing twice", "count"),
+    "reward_timeouts": Label("answers that took the reward too long to read", "count"),
     "rows_train": Label("rows to train on", "count"),
     "same_choice": Label("student and teacher prefer the same token", "share"),
     "sampling_deviation": Label("largest |ratio to the sampler − 1|"),

@@ -1,6 +1,7 @@
 """Several rewards in one: each normalised, clipped and weighed, then summed."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from rlhf_jax.rewards.lexical import Length, Rouge, Sentiment, Vader, check_finite
 from rlhf_jax.rewards.mathematics import MathChecker
 from rlhf_jax.rewards.python import PythonReward
-from rlhf_jax.rewards.verifiers import AnswerChecker, PatternMatch
+from rlhf_jax.rewards.verifiers import AnswerChecker, Counted, PatternMatch
 
 Single = AnswerChecker | PatternMatch | MathChecker | Sentiment | Vader | Rouge | Length | PythonReward
 """The rewards that are functions of texts, one by one."""
@@ -61,6 +62,11 @@ class Combined:
         """Longest time that a batch may take: that of all parts, one after the other."""
         return sum(part.reward.seconds for part in self.parts)
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """What parts count."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.reward.counted))
+
     def prepare(self) -> None:
         """Load what the parts need."""
         for part in self.parts:
@@ -68,18 +74,22 @@ class Combined:
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> list[float]:
-        """One score a completion. Raises ValueError for a part that gives another number of them, or no number."""
-        totals = [0.0] * len(completions)
+    ) -> Counted:
+        """One score a completion, and what parts count.
+
+        Raises ValueError for a part that gives another number of them, or no number.
+        """
+        totals, counts = [0.0] * len(completions), Counter[str]()
         for part in self.parts:
-            name = type(part.reward).__name__
-            scores = [float(score) for score in part.reward(prompts, completions, metadata)]
+            name, said = type(part.reward).__name__, part.reward(prompts, completions, metadata)
+            scores = [float(score) for score in said]
+            counts.update(said.counts if isinstance(said, Counted) else {})
             if len(scores) != len(totals):
                 raise ValueError(f"{name} returned {len(scores)} scores for {len(totals)} completions")
             if not all(map(math.isfinite, scores)):  # clipping would hide it
                 raise ValueError(f"{name} returned {next(score for score in scores if not math.isfinite(score))}")
             totals = [total + part.shaped(score) for total, score in zip(totals, scores, strict=True)]
-        return totals
+        return Counted(totals, counts)
 
     def check_inputs(self) -> None:
         """Raise UserError for a part's missing file or package."""

@@ -4,14 +4,11 @@ This file imports neither JAX nor NumPy: it is loaded by the process that reward
 """
 
 import hashlib
-import http.client
 import json
 import math
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.posting import post
 
 _AGAIN = (408, 409, 425, 429)  # statuses of a request that may succeed later, besides 500 and above
 _LONGEST_PAUSE = 60.0  # seconds
@@ -36,7 +34,7 @@ class Endpoint:
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; where it is not set, none is sent."""
     seconds: float = 60.0
-    """Longest time for an answer."""
+    """Longest time for an answer, to its last byte."""
     retries: int = 5
     """Further attempts after one that found nobody, came late, or was told to come later (408, 409, 425, 429, 500 and
     above)."""
@@ -95,13 +93,15 @@ class Answer:
 class Client:
     """Answers to questions; each is kept in a file and never asked for twice.
 
-    Raises UserError, one line, where the endpoint refuses, answers in another language than the API's, or cannot be
-    reached within its retries; what was answered before is kept, so that the same command goes on.
+    Raises UserError, one line, for a key that cannot be one, and where the endpoint refuses, answers in another
+    language than the API's, or cannot be reached within its retries; what was answered before is kept, so that the same
+    command goes on.
     """
 
     def __init__(self, endpoint: Endpoint, cache: Path) -> None:
         """`cache` is a file of JSON lines; a last line that a killed process left incomplete is dropped."""
         self._endpoint, self._path, self._lock = endpoint, cache, threading.Lock()
+        self._key = _key(endpoint.api_key_env)
         self._known: dict[str, Answer] = {}
         if cache.exists():
             lines = cache.read_text(encoding="utf-8").split("\n")
@@ -111,11 +111,11 @@ class Client:
                     file.truncate(len("".join(f"{line}\n" for line in lines[:-1]).encode()))
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """One answer a question, in order."""
+        """One answer a question, in order; equal ones are asked once."""
         with ThreadPoolExecutor(self._endpoint.parallel) as threads:
-            futures = [threads.submit(self._answer, question) for question in questions]
+            futures = {question: threads.submit(self._answer, question) for question in dict.fromkeys(questions)}
             try:
-                return [future.result() for future in futures]
+                return [futures[question].result() for question in questions]
             finally:
                 threads.shutdown(cancel_futures=True)
 
@@ -146,7 +146,7 @@ class Client:
         e = self._endpoint
         address, pause = f"{e.url.rstrip('/')}/chat/completions", e.pause
         for attempt in range(e.retries + 1):
-            status, said, asks_for = _post(address, body, os.environ.get(e.api_key_env, ""), e.seconds)
+            status, said, asks_for = post(address, body, self._key, e.seconds)
             if status == 200:
                 try:
                     return json.loads(said)
@@ -164,22 +164,15 @@ class Client:
         )
 
 
-def _post(address: str, body: Any, key: str, seconds: float) -> tuple[int | None, str, float]:
-    """Status (None where there was no answer), what was said, and the seconds to wait that it asks for."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=seconds) as response:
-            return response.status, response.read().decode(errors="replace"), 0.0
-    except urllib.error.HTTPError as error:
-        with error:
-            asks_for = error.headers.get("Retry-After", "")
-            wait = float(asks_for) if asks_for.isdigit() else 0.0
-            return error.code, error.read().decode(errors="replace"), wait
-    except urllib.error.URLError as error:
-        return None, str(error.reason), 0.0
-    except (OSError, http.client.HTTPException) as error:  # it hung up, or came too late with the rest
-        return None, str(error) or type(error).__name__, 0.0
+def _key(variable: str) -> str:
+    """What an environment variable holds, without the line break that a file of it ends in; never shown."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"endpoint.api_key_env: the environment variable {variable} holds what no HTTP header can: it must be one "
+            "line of printable ASCII"
+        )
+    return key
 
 
 def _read(reply: Any, url: str) -> Answer:

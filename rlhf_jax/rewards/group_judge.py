@@ -61,4 +61,5 @@ class GroupJudge:
         """
         found, self._verdicts = self._verdicts, []
         names = {"judge_unread": [v.unread for v in found], "judge_cut": [v.cut for v in found]}
-        return {name: sum(counts) / (2 * len(found)) for name, counts in names.items()} if found else {}
+        asked = max(sum(v.asked for v in found), 1)
+        return {name: sum(counts) / asked for name, counts in names.items()} if found else {}

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,11 @@ class RewardFunction(Protocol):
         """Longest time that a batch may take."""
         ...
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Names of metrics that its calls count beside the scores, see `verifiers.Counted`."""
+        ...
+
     def prepare(self) -> None:
         """Load what the first call needs, outside its time; called once in the process that the reward runs in."""
         ...
@@ -39,7 +46,7 @@ class RewardFunction(Protocol):
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Sequence[float]:
-        """One finite score a completion; of each row metadata has the other fields."""
+        """One finite score a completion; of each row metadata has the other fields. Where it counts, a `Counted`."""
         ...
 
     def check_inputs(self) -> None:
@@ -79,6 +86,7 @@ class HostReward:
         """`name` is the stage's, for messages."""
         self._reward, self._name = reward, f"{name}: the reward {type(reward).__name__}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._counts = Counter[str]()
 
     def __enter__(self) -> Self:
         return self
@@ -89,6 +97,14 @@ class HostReward:
     def __call__(self, rows: Sequence[Texts]) -> Float[np.ndarray, " n"]:
         """One score a row, float32."""
         return hosts.by_rows(self._scores, rows)
+
+    def metrics(self) -> dict[str, Any]:
+        """What the function has counted, in all processes, since it was last asked; every process asks at once."""
+        counts, self._counts = self._counts, Counter[str]()
+        everyone = range(hosts.count())
+        return {
+            name: float(hosts.by_rows(partial(_of_each, counts[name]), everyone).sum()) for name in self._reward.counted
+        }
 
     def _scores(self, rows: Sequence[Texts]) -> Float[np.ndarray, " n"]:
         if not rows:
@@ -105,7 +121,8 @@ class HostReward:
             self._start()
             self._exchange((self._reward, _PATIENCE), _PATIENCE, f"is not ready after {_PATIENCE} seconds")
         late = f"takes longer than seconds={self._reward.seconds:g}"
-        value = self._exchange(tuple(zip(*rows, strict=True)), seconds, late)
+        value, counts = self._exchange(tuple(zip(*rows, strict=True)), seconds, late)
+        self._counts.update(counts)
         if len(value) != len(rows):
             count = len(value) if len(value) < len(rows) else f"more than {len(rows)}"
             raise _Fault(f"returned {count} scores for {len(rows)} completions")
@@ -161,3 +178,7 @@ class HostReward:
             process.kill()
             process.wait()
             self._connection.close()
+
+
+def _of_each(value: float, rows: Sequence[Any]) -> Float[np.ndarray, " n"]:
+    return np.full(len(rows), value, np.float32)

@@ -112,6 +112,8 @@ class Verdict:
     """Answers, of the two, that were neither letter."""
     cut: int = 0
     """Questions, of the two, whose prompt lost its start."""
+    asked: int = 2
+    """Questions that were asked: none about a completion and itself."""
 
     @property
     def probability(self) -> float:
@@ -125,17 +127,22 @@ class Verdict:
 
 
 def verdicts(judge: Ask, pairs: Sequence[Pair]) -> list[Verdict]:
-    """What a judge makes of each pair."""
-    said = judge([ordered for pair in pairs for ordered in (pair, pair.swapped)])
+    """What a judge makes of each pair. It is not asked about two completions that are the same: neither is better."""
+    differ = [pair for pair in pairs if pair.first != pair.second]
+    said = iter(judge([ordered for pair in differ for ordered in (pair, pair.swapped)]))
     return [
-        Verdict(
-            0.5 if one.a is None else one.a,
-            0.5 if other.a is None else 1 - other.a,
-            unread=(one.a is None) + (other.a is None),
-            cut=one.is_cut + other.is_cut,
-        )
-        for one, other in zip(said[::2], said[1::2], strict=True)
+        _verdict(next(said), next(said)) if pair.first != pair.second else Verdict(0.5, 0.5, asked=0) for pair in pairs
     ]
+
+
+def _verdict(one: Said, other: Said) -> Verdict:
+    """Of what is said of a pair, and of it in the other order."""
+    return Verdict(
+        0.5 if one.a is None else one.a,
+        0.5 if other.a is None else 1 - other.a,
+        unread=(one.a is None) + (other.a is None),
+        cut=one.is_cut + other.is_cut,
+    )
 
 
 def check_template(template: str) -> None:

@@ -6,7 +6,7 @@ JAX nor NumPy: it is loaded by the process that rewards run in.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -24,9 +24,47 @@ _SHORT_FRACTION = re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)")
 _EXPONENT = re.compile(r"(?<=[A-Za-z}])\^\{?[-\u2212]?\d+\}?")  # of a unit: "m^2"
 _MARK = re.compile(r"####|\\boxed\s*\{")
 
+# What makes a number beside it a piece of an expression. An operator needs something on its other side ("**5**" is
+# bold, "answer - 5" a dash), as a letter of its own is: a variable; one that may be a unit, as in "5m", is none.
+_NEAR = 40  # characters on either side that are looked at
+_SIGN = r"(?:[-\u2212\u2013+\u00d7\u00b7\u00f7/]|\\(?:cdot|times|div)(?![A-Za-z]))"
+_STARS = r"(?:\*{1,2}|\s+\*{1,2}\s+)"
+_FUNCTIONS = "sqrt|pi|frac|dfrac|tfrac|log|ln|exp|sin|cos|tan|binom|pm|mp|theta|alpha|beta|phi|infty|sum|int|prod"
+_BEFORE = re.compile(
+    rf"(?:(?:[\d)\]}}]|(?<![A-Za-z\\])[b-z])(?:\s*{_SIGN}\s*\{{?|{_STARS})|\d[:,]|[\^_]\{{?|\u221a|\u00b1"
+    rf"|\\(?:{_FUNCTIONS})(?![A-Za-z])\s*(?:\[[^\]]*\])?[\s{{(]*|(?<![A-Za-z])(?:sqrt|log|ln|exp|sin|cos|tan)\(|\}}\{{)\Z"
+)
+_AFTER = re.compile(
+    rf"(?:\s*{_SIGN}\s*|{_STARS})(?:\.?\d|[$(\\{{]|[b-z](?![A-Za-z]))|\s*\^(?!\{{?\\circ)|\s*\\(?:{_FUNCTIONS})(?![A-Za-z])"
+    r"|[abeijknqxyz](?![A-Za-z])|[\u03c0\u03b8\u221a\u00b1]|[:,]\d"
+)
+_GAP = "[ \u00a0\u2009\u202f]"  # between thousands, as "1 000" has it
+_THOUSANDS_BEFORE, _THOUSANDS_AFTER = re.compile(rf"(?<!\d)\d{{1,3}}{_GAP}\Z"), re.compile(rf"{_GAP}\d{{3}}(?!\d)")
+_RELATION = re.compile(r"=|\\approx(?![A-Za-z])|\u2248")
+_MORE = re.compile(
+    r"[<>!\u2264\u2265\u221a\u03c0]|\d\(|\\(?:" + _FUNCTIONS + r"|leq?|geq?|neq?|in|cup|cap)(?![A-Za-z])"
+)
+
+
+class _Expression(Exception):
+    """What stands where the answer should be is more than a number."""
+
+
+class Counted(list[float]):
+    """Scores, and `counts` of what a run should hear of beside them, by the metric's name."""
+
+    def __init__(self, scores: Iterable[float], counts: Mapping[str, int]) -> None:
+        super().__init__(scores)
+        self.counts = dict(counts)
+
 
 class TextReward:
     """What most functions of texts have nothing to do for; see `rewards.host.RewardFunction`."""
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Nothing but scores."""
+        return ()
 
     def prepare(self) -> None:
         """Nothing is loaded."""
@@ -45,6 +83,8 @@ class AnswerChecker(TextReward):
     The answer is what stands in the last \boxed{…} or after the last "####", on its line or, where that is empty, the
     next; without either, or where nothing follows, the last number. Commas,
     dollars and percent signs are passed over; 0.5, 1/2, \frac{1}{2} and 50/100 are the same number, 1 1/2 and 1.5 too.
+    An expression (2\pi, 10^5, 5*3, 1 000) is no number: a completion's is not right, a row's is refused. `MathChecker`
+    reads these.
     """
 
     answer: str = "answer"
@@ -81,7 +121,13 @@ class AnswerChecker(TextReward):
             there = ", ".join(map(repr, row)) or "none"
             raise ValueError(f"reward.answer: the row has no field {self.answer!r}, but {there}")
         value = row[self.answer]
-        number = read_answer(value) if isinstance(value, str) else _exact(value)
+        try:
+            number = _read(value) if isinstance(value, str) else _exact(value)
+        except _Expression:
+            told = f"{value if len(value) <= 80 else '…' + value[-79:]!r}"
+            raise ValueError(
+                f"reward.answer: the row's {self.answer!r} is more than a number: {told}; MathChecker reads expressions"
+            ) from None
         if number is None:
             raise ValueError(f"reward.answer: the row's {self.answer!r} holds no number: {value!r:.80}")
         return number
@@ -118,7 +164,7 @@ class PatternMatch(TextReward):
 
 
 def read_answer(text: str) -> Fraction | None:
-    r"""The number that a text gives as its answer, exactly; None where it gives none.
+    r"""The number that a text gives as its answer, exactly; None where it gives none, or more than a number.
 
     >>> read_answer("It is 12/60 of $50, so \\boxed{$1{,}000.50}.")
     Fraction(2001, 2)
@@ -126,17 +172,26 @@ def read_answer(text: str) -> Fraction | None:
     Fraction(3, 2)
     >>> read_answer("10-3 = 7%") == 7
     True
+    >>> read_answer("\\boxed{2\\pi}")
     """
+    try:
+        return _read(text)
+    except _Expression:
+        return None
+
+
+def _read(text: str) -> Fraction | None:
+    """The same; raises _Expression for what is more than a number."""
     marks = list(_MARK.finditer(text))
     if not marks:
-        return next(_numbers(text, last=True), None)
+        return _number(text, last=True)
     mark = marks[-1]
     if mark.group() == "####":
         after = text[mark.end() :].lstrip()
         if not after:
-            return next(_numbers(text[: mark.start()], last=True), None)
-        return next(_numbers(after.partition("\n")[0], last=False), None)
-    return next(_numbers(_braced(text[mark.end() :]), last=True), None)
+            return _number(text[: mark.start()], last=True)
+        return _number(after.partition("\n")[0], last=False)
+    return _number(_braced(text[mark.end() :]), last=True, alone=True)
 
 
 def _braced(text: str) -> str:
@@ -149,16 +204,31 @@ def _braced(text: str) -> str:
     return text
 
 
-def _numbers(text: str, *, last: bool) -> Iterator[Fraction]:
-    """The numbers in a text, from its start or from its end."""
+def _number(text: str, *, last: bool, alone: bool = False) -> Fraction | None:
+    """The first or the last number in a text, after its last "=" where it should stand there `alone`; None where there
+    is none. Raises _Expression where it is a piece of an expression.
+    """
     for plain, written in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\$", "$"), ("\\%", "%")):
         text = text.replace(plain, written)
     text = _SHORT_FRACTION.sub(r"\1/\2", _FRACTION.sub(_plain_fraction, _EXPONENT.sub("", text)))
-    found = list(_NUMBER.finditer(text))
-    for match in reversed(found) if last else found:
-        number = _value(match)
-        if number is not None:
-            yield number
+    if alone:
+        text = _RELATION.split(text)[-1]
+    found = [(match, value) for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]
+    if not found:
+        return None
+    match, value = found[-1 if last else 0]
+    if _is_piece(match, text) or (alone and (len(found) > 1 or _MORE.search(text))):
+        raise _Expression
+    return value
+
+
+def _is_piece(match: re.Match[str], text: str) -> bool:
+    """Whether what stands beside a number makes an expression of it."""
+    before, after = text[max(0, match.start() - _NEAR) : match.start()], text[match.end() :][:_NEAR]
+    if _BEFORE.search(before) or _AFTER.match(after):
+        return True
+    is_short, is_group = (match["top"] or "").isdigit() and len(match["top"]) <= 3, len(match.group()) == 3
+    return bool((is_group and _THOUSANDS_BEFORE.search(before)) or (is_short and _THOUSANDS_AFTER.match(after)))
 
 
 def _plain_fraction(match: re.Match[str]) -> str:

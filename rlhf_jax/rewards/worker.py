@@ -1,8 +1,8 @@
 """The process in which rewards that are functions run, so that one that hangs or dies takes nothing with it.
 
 It is started by `host.HostReward` with the number of a file descriptor, gets a pickled reward there and the time to
-prepare it, then (prompts, completions, metadata) again and again; it answers each with ("value", [float, …]) or
-("error", text).
+prepare it, then (prompts, completions, metadata) again and again; it answers each with ("value", ([float, …], counts))
+or ("error", text).
 """
 
 import signal
@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from rlhf_jax.rewards.verifiers import Counted
 
 _GRACE = 5.0  # seconds
 
@@ -51,9 +53,13 @@ def within(seconds: float, act: Callable[[], Any]) -> tuple[str, Any]:
     return told
 
 
-def scores(reward: Any, request: tuple[Any, Any, Any]) -> list[float]:
-    """What the reward returns; of a sequence that is too long, or endless, one number more than was asked for."""
-    return [float(score) for score in islice(reward(*request), len(request[0]) + 1)]
+def scores(reward: Any, request: tuple[Any, Any, Any]) -> tuple[list[float], dict[str, int]]:
+    """What the reward returns and counts; of a sequence that is too long, or endless, one number more than was asked
+    for.
+    """
+    said = reward(*request)
+    counts = said.counts if isinstance(said, Counted) else {}
+    return [float(score) for score in islice(said, len(request[0]) + 1)], counts
 
 
 def main(connection: Connection) -> None:

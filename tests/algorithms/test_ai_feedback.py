@@ -1,5 +1,6 @@
 """Pairs by a judge's word: what is asked in which order, what the answers make of it, and a judge that goes away."""
 
+import itertools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.endpoint import Endpoint
 from rlhf_jax.rewards.judging import EndpointJudge, LocalJudge, ask
 from rlhf_jax.rewards.sentiment import GoldClassifier
+from rlhf_jax.sampling import Sampling
 from tests.algorithms.conftest import SPEC, put_stages
 from tests.rewards.serving import Server
 
@@ -105,6 +107,29 @@ def test_pairs_that_the_judge_is_not_sure_of_are_left_out(context):
         sure = ai_feedback.Config(**CONFIG, judge=judge, least_confidence=0.1)
         with pytest.raises(UserError, match="sure: of 10 pairs 10 differ, and of none is the judge sure enough"):
             ai_feedback.train(sure, context, "sure")
+
+
+def test_completions_that_are_the_same_are_not_judged_and_equal_questions_are_paid_once(context):
+    def said(body):
+        """The one that comes later in the alphabet."""
+        first, second = body["messages"][0]["content"].split("\x1e")
+        return {
+            "choices": [{"message": {"content": "A" if first > second else "B"}}],
+            "usage": {"prompt_tokens": 20, "completion_tokens": 1},
+        }
+
+    with Server(said) as server:
+        judge = EndpointJudge(Endpoint(server.url, "judge-1"), template="{first}\x1e{second}", top_logprobs=0)
+        fields = {**CONFIG, "prompts": 40, "completion_tokens": 1, "sampling": Sampling(top_k=3)}
+        figures = ai_feedback.train(ai_feedback.Config(**fields, judge=judge), context, "feedback")
+        asked = [body["messages"][0]["content"] for _, _, body in server.asked]
+    judged = {
+        f"{a}\x1e{b}" for row in rows(context) for a, b in itertools.permutations((row["chosen"], row["rejected"]))
+    }
+    assert len(asked) == len(set(asked)) and set(asked) == judged
+    assert (figures["judge_requests"], figures["judge_tokens"]) == (len(asked), 21 * len(asked))
+    assert figures["pairs"] + figures["left_out"] == 40 and figures["left_out"] > 0
+    assert figures["flipped"] == 0 and figures["confidence"] == 1  # of pairs that were judged
 
 
 def test_rows_of_conversations_stay_conversations(context, tmp_path):

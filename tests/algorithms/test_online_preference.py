@@ -281,6 +281,9 @@ def test_a_judge_scores_a_completion_by_all_others_of_its_group():
     np.testing.assert_allclose(judge(rows), wanted, atol=1e-6)
     assert len(asked) == 12 and asked[:2] == ["fine?<p|bad|good>", "fine?<p|good|bad>"]
     assert judge.metrics() == {"judge_unread": 4 / 12, "judge_cut": 4 / 12} and judge.metrics() == {}
+    same = [Texts("p", text, {}) for text in ("fair", "fair", "mute")]  # the first two are not asked about
+    np.testing.assert_allclose(judge(same), [0.5, 0.5, 0.5])
+    assert len(asked) == 16 and judge.metrics() == {"judge_unread": 1, "judge_cut": 0}
 
 
 def served(body):

@@ -17,6 +17,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.kl import FixedKL
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.combined import Combined, Part
+from rlhf_jax.rewards.mathematics import MathChecker
 from rlhf_jax.rewards.python import PythonReward
 from rlhf_jax.rewards.verifiers import AnswerChecker, PatternMatch
 from rlhf_jax.sampling import Sampling
@@ -144,7 +146,8 @@ def test_learns_what_a_function_rewards_and_says_what_became_of_the_rows(make_co
     )
     context = make_context()
     put_stages(context)
-    config = change(data=rows, reward=PythonReward(path), steps=12, evaluation_sampling=Sampling(temperature=0.5))
+    reward = Combined((Part(PythonReward(path)), Part(MathChecker(), weight=0.0)))
+    config = change(data=rows, reward=reward, steps=12, evaluation_sampling=Sampling(temperature=0.5))
     figures = ppo.train(config, context, "ppo")
     assert figures["score_after"] > figures["score_before"] + 0.2
     assert [figures[f"rows_{name}"] for name in ("train", "heldout", "cut", "dropped")] == [36, 4, 8, 0]
@@ -153,7 +156,7 @@ def test_learns_what_a_function_rewards_and_says_what_became_of_the_rows(make_co
     lines, samples = (
         read_jsonl(p) for p in (context.workdir / "metrics.jsonl", context.stage_dir("ppo") / "samples.jsonl")
     )
-    assert len(lines) == 12 and "gold" not in lines[0]
+    assert len(lines) == 12 and "gold" not in lines[0] and {line["reward_timeouts"] for line in lines} == {0}
     assert all(line["score"] == line["completion"].count("e") for line in samples)
     assert len(samples) == 8  # four held-out rows, before and after
     assert max(abs(line["kl"]) for line in samples[:4]) < 1e-3  # the reference's own, at the temperature of training

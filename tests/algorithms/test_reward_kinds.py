@@ -237,6 +237,16 @@ def test_ties_are_dropped_and_counted_where_the_config_says_so(context, write):
         reward_data.load(config_of("k_wise", write(rows[2::3]), ties="drop"), context, "rm")
 
 
+def test_transcripts_that_end_before_their_answer_are_dropped_and_counted(context, write):
+    talk = "\n\nHuman: It was\n\nAssistant:"
+    rows = [{"chosen": f"{talk} good {i}", "rejected": talk if i % 4 == 1 else f"{talk} bad {i}"} for i in range(20)]
+    config = config_of("bradley_terry", write([{"chosen": talk, "rejected": f"{talk} bad"}, *rows]))
+    config.check_inputs(context.data)
+    data = reward_data.load(config, context, "rm")
+    assert data.counts.dropped == 6
+    assert all(group.prompt == talk and all(group.completions) for group in [*data.train, *data.heldout])
+
+
 def test_judgements_that_tell_nothing_apart_are_refused(context, write):
     for loss, rows, said in (
         ("outcome_bce", [labelled(1 + 3 * i) for i in range(10)], "rows to train on are all judged 1, so there is"),

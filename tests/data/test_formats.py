@@ -73,6 +73,18 @@ def write(tmp_path):
             {"chosen": "\n\nHuman: Hi.\n\nAssistant: I see.", "rejected": "\n\nHuman: Hi.\n\nAssistant: I go."},
             Pair("\n\nHuman: Hi.\n\nAssistant:", " I see.", " I go."),
         ),
+        # One that ends before its answer has nothing to compare, whichever of the two it is.
+        (
+            {"chosen": "\n\nHuman: Hi.\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi.\n\nAssistant:"},
+            Pair("\n\nHuman: Hi.\n\nAssistant:", " Hello", ""),
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: Hi.\n\nAssistant: A\n\nHuman: B\n\nAssistant: ",
+                "rejected": "\n\nHuman: Hi.\n\nAssistant: A\n\nHuman: C\n\nAssistant: D",
+            },
+            Pair("\n\nHuman: Hi.\n\nAssistant:", "", " A\n\nHuman: C\n\nAssistant: D"),
+        ),
         # A raw row of SHP.
         ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 9}, Pair("h", "a", "b")),
         ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 0}, Pair("h", "b", "a")),

@@ -6,6 +6,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+DRIPS = ("drip", "drip headers", "drip error")
+
 
 class Server:
     """Says in turn what `script` holds, a function of the request or a status, then forever the last of it."""
@@ -25,6 +27,8 @@ class Server:
                 if act == "hang":
                     time.sleep(1.5)
                     act = answer
+                if act in DRIPS:
+                    return self.drip(act)
                 status, said = (200, json.dumps(act(body))) if callable(act) else act
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(said.encode())))
@@ -32,6 +36,20 @@ class Server:
                     self.send_header("Retry-After", "1")
                 self.end_headers()
                 self.wfile.write(said.encode())
+
+            def drip(self, which):
+                """A whole answer in half a minute, a byte now and then, or as much of it as is waited for."""
+                said = json.dumps(answer({}))
+                head = f"HTTP/1.0 {503 if which == 'drip error' else 200} Yes\r\nContent-Length: {len(said)}\r\n\r\n"
+                slow = head + said if which == "drip headers" else said
+                if which != "drip headers":
+                    self.wfile.write(head.encode())
+                for byte in slow.encode():
+                    try:
+                        self.wfile.write(bytes([byte]))
+                    except ConnectionError:
+                        return
+                    time.sleep(30 / len(slow))
 
             def log_message(self, *args):
                 pass

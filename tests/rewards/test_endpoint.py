@@ -47,6 +47,37 @@ def test_who_is_away_is_asked_again(tmp_path):
         assert time.monotonic() - began < 1.4
 
 
+@pytest.mark.parametrize("how", ["drip", "drip headers", "drip error"])
+def test_an_answer_that_comes_a_byte_now_and_then_is_late(tmp_path, how):
+    with Server(how) as server:
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot be reached \(timed out\), 2 times in a row"):
+            client(server, tmp_path / "a.jsonl", seconds=0.6, retries=1)([Question("q")])
+        assert time.monotonic() - began < 15 and len(server.asked) == 2  # whole answers would take a minute
+        server.script = [answer]
+        assert client(server, tmp_path / "a.jsonl")([Question("q")])[0].text == "B"
+
+
+def test_equal_questions_are_asked_once(tmp_path):
+    questions = [Question(f"q{i % 2}") for i in range(12)]
+    with Server("hang", answer) as server:  # the first is under way while the others are due
+        ours = client(server, tmp_path / "a.jsonl", seconds=30.0, price_in=1.0)
+        assert [one.text for one in ours(questions)] == ["B"] * 12 and len(server.asked) == 2
+        assert ours.costs() == {"judge_requests": 2, "judge_tokens": 22, "judge_dollars": pytest.approx(20 / 1e6)}
+
+
+def test_a_key_loses_the_line_break_of_its_file_and_one_that_is_no_header_is_named_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret\n")
+    with Server(answer) as server:
+        client(server, tmp_path / "a.jsonl", api_key_env="MY_KEY")([Question("q")])
+        assert server.asked[0][1]["Authorization"] == "Bearer secret"
+        for key in ("sec\nret", "sécret", "sec\x7fret", "“secret”"):
+            monkeypatch.setenv("MY_KEY", key)
+            with pytest.raises(UserError, match=r"endpoint.api_key_env: the environment variable MY_KEY holds") as told:
+                client(server, tmp_path / "b.jsonl", api_key_env="MY_KEY")
+            assert "\n" not in str(told.value) and "ret" not in str(told.value).split("holds")[1]
+
+
 @pytest.mark.parametrize(
     ("script", "said", "times"),
     [

@@ -1,6 +1,9 @@
 """Rewards that read words, mathematics, and sums of rewards: by hand, and in the process that they run in."""
 
 import math
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -71,7 +74,39 @@ def test_in_a_process_of_their_own_an_answer_without_end_is_wrong_and_no_fault()
     rows = [Texts("p", said, {"answer": "4"}) for said in ("2+2=4", endless, "it is 4")]
     with HostReward(MathChecker(seconds_each=1), "ppo") as reward:
         np.testing.assert_array_equal(reward(rows), [1, 0, 1])
+        assert reward.metrics() == {"reward_timeouts": 1}
         np.testing.assert_array_equal(reward(rows[:1]), [1])
+        assert reward.metrics() == reward.metrics() == {"reward_timeouts": 0}
+
+
+def test_a_process_that_waits_for_a_processor_gives_the_same_scores():
+    """The right answers stay right while the process stands still for longer than seconds_each, again and again."""
+    rows = [Texts("p", rf"\boxed{{(x+{i})^2+y}}", {"answer": f"x^2+{2 * i}x+{i * i}+y"}) for i in range(1, 61)]
+    with HostReward(Combined((Part(MathChecker(seconds_each=1)),)), "ppo") as reward:
+        np.testing.assert_array_equal(reward(rows[:1]), [1])
+        process, done = reward._process, threading.Event()
+
+        def disturb():
+            while not done.wait(0.1):
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(1.3)
+                process.send_signal(signal.SIGCONT)
+
+        other = threading.Thread(target=disturb)
+        other.start()
+        try:
+            np.testing.assert_array_equal(reward(rows), np.ones(60))
+        finally:
+            done.set()
+            other.join()
+        assert reward.metrics() == {"reward_timeouts": 0}
+
+
+@pytest.mark.parametrize("answer", ["", "$", r"\boxed{}"])
+def test_an_answer_in_which_there_is_nothing_to_compare_is_refused(answer):
+    with pytest.raises(ValueError, match=r"reward.answer: the row's 'answer' holds no mathematical answer: '"):
+        MathChecker().check_row({"answer": answer})
+    MathChecker().check_row({"answer": r"\frac{1}{2}"})
 
 
 def test_a_sum_of_rewards_is_normalised_clipped_and_weighed(tmp_path):
