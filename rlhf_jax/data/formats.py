@@ -5,7 +5,7 @@ no chat template; the messages are kept, for a tokenizer that has one.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_jax.data.fields import SPEAKERS, Fields, Messages, short
@@ -53,6 +53,8 @@ class Pair:
     """The message of both with which the answer begins."""
     annotator: str | None = None
     """Who judged, where the row says."""
+    probability: float = 1.0
+    """That the first is the better one, in (0, 1], where the row says."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,19 @@ def prompt(row: Fields) -> Prompt:
 def pair(row: Fields) -> Pair:
     """Of prompt, chosen and rejected; without prompt, it is what both begin with (TRL's implicit prompt).
 
-    A raw row of the Stanford Human Preferences (Ethayarajh et al. 2022) has other names, see `SHP`.
+    A raw row of the Stanford Human Preferences (Ethayarajh et al. 2022) has other names, see `SHP`. A probability is a
+    judge's that the chosen one is better: the label is soft (Bai et al. 2022, Constitutional AI, section 4.1).
     """
+    if "probability" not in row:
+        return _pair(row)
+    probability = row.number("probability")
+    if not 0 < probability <= 1:
+        raise row.error(f"'probability' must lie in (0, 1], found {probability:g}")
+    return replace(_pair(row), probability=probability)
+
+
+def _pair(row: Fields) -> Pair:
+    """But for its probability."""
     margin = row.number("margin") if "margin" in row else 0.0
     if "score_chosen" in row and "score_rejected" in row:
         margin = row.number("score_chosen") - row.number("score_rejected")
