@@ -20,8 +20,8 @@ import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from rlhf_jax.algorithms.comparisons import check_earlier
 from rlhf_jax.algorithms.context import MAKERS, Role, StageConfig, check_field
+from rlhf_jax.algorithms.earlier import check_earlier
 from rlhf_jax.algorithms.made_rows import named_stages
 from rlhf_jax.algorithms.onpolicy import OnPolicyConfig
 from rlhf_jax.data.sources import Data

@@ -119,6 +119,7 @@ class PreferenceBatch:
     weights: Float[ArrayLike, "b p"]  # 0 where there is no pair
     margins: Float[ArrayLike, "b p"]
     ref_logps: Float[ArrayLike, "b k"] = flax.struct.field(default=None)  # of whole completions under a reference
+    probabilities: Float[ArrayLike, "b p"] | None = flax.struct.field(default=None)  # of the winners; None: all 1
 
 
 @flax.struct.dataclass

@@ -62,7 +62,7 @@ SENTIMENT = {
     "KTO": Method(("kto",)),
     "SimPO": Method(("simpo",)),
     "CPL": Method(("cpl",)),
-    "iterated RLHF, 2 rounds": Method(("round_1", "refreshed", "round_2"), "round_2_read"),
+    "iterated RLHF, 2 rounds": Method(("iterated_learn_1", "iterated_reward_2", "iterated_learn_2"), "iterated_read"),
     "ILQL": Method(("samples", "ilql")),
     "weighted BC": Method(("samples", "weighted")),
     "filtered BC": Method(("samples", "filtered")),

@@ -23,6 +23,7 @@ from rlhf_jax.algorithms import (
     sft,
 )
 from rlhf_jax.algorithms.comparisons import SampledPairs
+from rlhf_jax.algorithms.iterated import iterated
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_methods import Filtered, Weighted
 from rlhf_jax.algorithms.policy_methods import METHODS
@@ -74,19 +75,10 @@ def of_scores(method: Ilql | Weighted | Filtered, **fields: Any) -> offline.Conf
 
 
 def in_rounds(refresh: reward_model.Config, learn: ppo.Config) -> dict[str, Any]:
-    """Iterated RLHF in two rounds, half the quickstart's PPO each, and a reward model trained anew between them.
-
-    These are `iterated`'s stages, which RAFT's would hide: both have a learn_1.
-    """
-    pairs = reward_model.SampledPairs(
-        policy="round_1", prompts=400, heldout_prompts=200, completions=4, earlier=("reward_model",)
-    )
-    learn = dataclasses.replace(learn, steps=9)
-    return {
-        "round_1": learn,
-        "refreshed": dataclasses.replace(refresh, pairs=pairs, steps=400),
-        "round_2": dataclasses.replace(learn, policy="round_1", reward="refreshed", critic="refreshed"),
-    }
+    """Iterated RLHF in two rounds, half the quickstart's PPO each, and a reward model trained anew between them."""
+    pairs = SampledPairs(prompts=400, heldout_prompts=200, completions=4)
+    refresh, half = dataclasses.replace(refresh, pairs=pairs, steps=400), dataclasses.replace(learn, steps=9)
+    return iterated(refresh, half, rounds=2, name="iterated")
 
 
 def fine_tuning(steps: int) -> sft.Config:
@@ -142,7 +134,7 @@ def get_config() -> Experiment:
         "filtered": of_scores(Filtered(top=0.25)),
         "distilled": distill.Config(student="sft", teacher="ppo", steps=30, batch_size=128, optimizer=LINEAR),
     }
-    last = {"raft": "learn_2", "rest": "improve_1_2"}
-    for method in ("rejection", "raft", "rest", "round_2", "distilled"):
+    last = {"raft": "learn_2", "rest": "improve_1_2", "iterated": "iterated_learn_2"}
+    for method in ("rejection", "raft", "rest", "iterated", "distilled"):
         stages[f"{method}_read"] = compare.Config(policy=last.get(method, method), reward="reward_model")
     return dataclasses.replace(quickstart, stages={**quickstart.stages, **stages})

@@ -2,7 +2,8 @@
 
 A policy completes each prompt twice, a judge reads both in both orders unless they are the same, and the pair is kept
 with the judge's probability. The stage makes rows (prompt, chosen, rejected, probability) for a `reward_model` or
-`preference` stage: `pairs=FromStage("ai_feedback")`.
+`preference` stage, `pairs=FromStage("ai_feedback")`, whose loss takes the probability as the label (Bai et al. 2022,
+§4.1; Lee et al. 2023, section 2.2.1). A pair of probability 1/2 exactly says nothing, and is left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,11 +109,13 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     items = list(zip(rows, drawn, strict=True))
     made = made_rows.in_batches(context, name, items, judged, batch_size=config.batch_size // 2)
     differ = [row for row in made if row["chosen"] != row["rejected"]]
-    kept = [row for row in differ if row["probability"] - 0.5 >= config.least_confidence]
+    decided = [row for row in differ if row["probability"] != 0.5]
+    kept = [row for row in decided if row["probability"] - 0.5 >= config.least_confidence]
     if not kept:
         raise UserError(f"{name}: of {len(made)} pairs {len(differ)} differ, and of none is the judge sure enough")
     made_rows.write(context, name, [{k: v for k, v in row.items() if k not in _READINGS} for row in kept])
     figures = {"pairs": len(kept), "left_out": len(made) - len(kept), **_figures(differ)}
+    figures["undecided"] = len(differ) - len(decided)
     if config.data is None and context.labelled:
         figures |= _agreement(kept, context)
     return figures | pair_judges.costs(judge)

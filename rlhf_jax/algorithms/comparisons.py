@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -13,7 +13,6 @@ from rlhf_jax import hosts
 from rlhf_jax.algorithms.context import (
     Context,
     Role,
-    StageConfig,
     check_field,
     check_positive,
     check_prompt_tokens,
@@ -24,7 +23,7 @@ from rlhf_jax.data import formats, preferences
 from rlhf_jax.data.counts import Counts
 from rlhf_jax.data.encoding import encode_pair, encode_ranked, encode_votes, select
 from rlhf_jax.data.fields import Fields
-from rlhf_jax.data.formats import Order, Votes
+from rlhf_jax.data.formats import Order, Pair, Votes
 from rlhf_jax.data.preferences import Annotators, PreferenceGroup
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.reading import first_row, read
@@ -104,25 +103,26 @@ class Comparisons:
     completions: int  # of a group, at most
     pairs: int  # of a group, at most
     counts: Counts
+    soft: bool = False  # whether of some pair a judge was not certain
 
 
 Pairs = SampledPairs | Source | None
 """Comparisons sampled and judged, rows of a source, or, if None, the rows of the experiment's data."""
 
 
-def of(pairs: Pairs, context: Context, name: str, *, length: int) -> Comparisons:
-    """A stage's comparisons, in rows of at most `length` tokens."""
+def of(pairs: Pairs, context: Context, name: str, *, length: int, certain: str | None = None) -> Comparisons:
+    """A stage's comparisons, in rows of at most `length` tokens, see `load`."""
     if isinstance(pairs, SampledPairs):
         return sample(pairs, context, name)
-    return load(source_of(pairs, context.data), context.tokenizer, length=length)
+    return load(source_of(pairs, context.data), context.tokenizer, length=length, certain=certain)
 
 
-def check_pairs(pairs: Pairs, data: Data) -> None:
+def check_pairs(pairs: Pairs, data: Data, *, certain: str | None = None) -> None:
     """Raise UserError, which begins with the field, for rows or texts that they cannot be read or made from."""
     if isinstance(pairs, SampledPairs):
         check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
     else:
-        check_field("pairs", lambda: check(source_of(pairs, data)))
+        check_field("pairs", lambda: check(source_of(pairs, data), certain=certain))
 
 
 def source_of(pairs: Source | None, data: Data) -> Source:
@@ -147,21 +147,8 @@ def sample(pairs: SampledPairs, context: Context, name: str) -> Comparisons:
     return Comparisons(train, splits["heldout"], completions, math.comb(completions, 2), counts)
 
 
-def check_earlier(name: str, stages: Mapping[str, StageConfig]) -> None:
-    """Raise UserError where a stage names an earlier one's pairs that does not sample such, or holds fewer out."""
-    pairs = vars(stages[name]).get("pairs")
-    if not isinstance(pairs, SampledPairs):
-        return
-    for i, stage in enumerate(pairs.earlier):
-        theirs = vars(stages[stage]).get("pairs")
-        if not isinstance(theirs, SampledPairs):
-            raise UserError(
-                f"stages.{name}.pairs.earlier[{i}]: {stage!r} samples no pairs: its own are no SampledPairs"
-            )
-        _check_apart(f"stages.{name}", pairs, stage, theirs.heldout_prompts)
-
-
-def _check_apart(where: str, pairs: SampledPairs, stage: str, apart: int) -> None:
+def check_apart(where: str, pairs: SampledPairs, stage: str, apart: int) -> None:
+    """Raise UserError where more is held out than `apart`, what the first of the earlier stages holds out."""
     if pairs.heldout_prompts > apart:
         raise UserError(
             f"{where}.pairs.heldout_prompts={pairs.heldout_prompts}: {stage!r} holds {apart} out and has trained "
@@ -180,7 +167,7 @@ def _earlier(pairs: SampledPairs, context: Context, name: str, stage: str) -> Se
         )
     splits = preferences.read(folder)
     groups = splits["train"]
-    _check_apart(f"stages.{name}", pairs, stage, len(splits["heldout"]))
+    check_apart(f"stages.{name}", pairs, stage, len(splits["heldout"]))
     longest = max(group.longest for group in groups)
     if longest > pairs.length:
         raise UserError(f"{where}: {stage!r} has rows of {longest} tokens; prompt and completion have {pairs.length}")
@@ -188,10 +175,19 @@ def _earlier(pairs: SampledPairs, context: Context, name: str, stage: str) -> Se
 
 
 def load(
-    source: Source, tokenizer: Tokenizer, *, length: int, needs: Order = "some", ties: Ties = "refuse"
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    needs: Order = "some",
+    ties: Ties = "refuse",
+    certain: str | None = None,
 ) -> Comparisons:
-    """A source's comparisons, told apart as far as a loss needs, in rows of at most `length` tokens."""
-    parse, encode = _reader(source, needs, ties)
+    """A source's comparisons, told apart as far as a loss needs, in rows of at most `length` tokens.
+
+    `certain` is the loss, where it is one that takes no pairs with a probability; UserError for such.
+    """
+    parse, encode = _reader(source, needs, ties, certain)
 
     def tells(group: PreferenceGroup) -> bool:
         return group.tells and _is_ordered(group, needs)
@@ -202,16 +198,17 @@ def load(
     groups = [*selected.train, *selected.heldout]
     completions = max(len(group.completions) for group in groups)
     pairs = max(math.comb(completions, 2), *(len(group.pairs) for group in groups))
-    return Comparisons(selected.train, selected.heldout, completions, pairs, selected.counts)
+    soft = any(group.probabilities for group in groups)
+    return Comparisons(selected.train, selected.heldout, completions, pairs, selected.counts, soft)
 
 
-def check(source: Source, *, needs: Order = "some", ties: Ties = "refuse") -> None:
+def check(source: Source, *, needs: Order = "some", ties: Ties = "refuse", certain: str | None = None) -> None:
     """Read all rows; raises UserError for what is wrong with them."""
-    read(source, _reader(source, needs, ties)[0])
+    read(source, _reader(source, needs, ties, certain)[0])
 
 
 def _reader(
-    source: Source, needs: Order, ties: Ties
+    source: Source, needs: Order, ties: Ties, certain: str | None
 ) -> tuple[Callable[[Fields], Any], Callable[[Tokenizer], Callable[[Any], PreferenceGroup]]]:
     """How rows are read and encoded: the first one says whether they are pairs, orders or votes."""
     first = first_row(source.parts[0] if isinstance(source, Mixture) else source)
@@ -221,7 +218,14 @@ def _reader(
         if needs != "some":
             raise first.error("the votes of 'annotators' are no order; they are for loss='bradley_terry' or 'k_wise'")
         return partial(_settled, ties=ties), encode_votes
-    return formats.pair, encode_pair
+    return formats.pair if certain is None else partial(_certain, loss=certain), encode_pair
+
+
+def _certain(row: Fields, *, loss: str) -> Pair:
+    pair = formats.pair(row)
+    if pair.probability != 1:
+        raise row.error(f"'probability' is {pair.probability:g}, but {loss} takes no soft labels: leave the field out")
+    return pair
 
 
 def _settled(row: Fields, *, ties: Ties) -> Votes:

@@ -1,6 +1,8 @@
 """Distillation: a student learns a teacher's distribution of each next token (GKD, Agarwal et al. 2023).
 
 Completions are the student's own (on-policy), so that it learns where it goes itself, or the teacher's (off-policy).
+Both are policies of one run, read by its one architecture: where the paper's teachers are larger models, these differ
+in their weights alone, as a policy of PPO's teaches the SFT policy that it came from.
 
 Shapes: b completions, p prompt tokens, n completion tokens, t = p + n, v vocabulary.
 """
@@ -48,7 +50,8 @@ class Config(Completing):
     student: str = "base"
     """The stage that the student starts from; or "base"."""
     teacher: str = "sft"
-    """The stage that teaches; or "base"."""
+    """The stage that teaches; or "base". Like the student it is a policy of this run, and so of the experiment's one
+    architecture, `Experiment.model`: weights teach weights, not a large model a small one."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     """What is made small: KL(teacher‖student), KL(student‖teacher), or the generalised divergence between them."""
     beta: float = 0.5

@@ -27,9 +27,11 @@ def iterated(
     rounds: int,
     start: Literal["newest", "first"] = "newest",
     feedback: ai_feedback.Config | None = None,
+    name: str = "",
 ) -> dict[str, StageConfig]:
     """`learn_1` learns from `learn.reward`; `reward_2` of pairs that `learn_1` has written, and of all earlier ones;
-    `learn_2` from it, and so on. The last policy is `learn_<rounds>`.
+    `learn_2` from it, and so on. The last policy is `learn_<rounds>`. With a `name` all are `<name>_learn_1`, …, so
+    that they may stand beside others.
 
     Pairs are `refresh.pairs`: sampled and judged by the gold classifier, with those of the stage `learn.reward` for the
     first. Or `feedback` judges them, in stages `pairs_2`, `pairs_3`, …; the first are then the rows that
@@ -45,19 +47,20 @@ def iterated(
     if not isinstance(refresh.pairs, SampledPairs if feedback is None else Source):
         wanted = "the rows of a source" if feedback is not None else "SampledPairs(…), or give feedback"
         raise ValueError(f"refresh.pairs: {wanted}, to which rounds add pairs")
-    stages: dict[str, StageConfig] = {"learn_1": learn}
+    prefix = f"{name}_" if name else ""
+    stages: dict[str, StageConfig] = {f"{prefix}learn_1": learn}
     rewards = [learn.reward]
     for number in range(2, rounds + 1):
-        newest, reward = f"learn_{number - 1}", f"reward_{number}"
+        newest, reward = f"{prefix}learn_{number - 1}", f"{prefix}reward_{number}"
         if feedback is not None:
-            stages[f"pairs_{number}"] = dataclasses.replace(feedback, policy=newest)
-            written = [f"pairs_{k}" for k in range(2, number + 1)]
+            stages[f"{prefix}pairs_{number}"] = dataclasses.replace(feedback, policy=newest)
+            written = [f"{prefix}pairs_{k}" for k in range(2, number + 1)]
             pairs = _together(refresh.pairs, written)
         else:
             pairs = dataclasses.replace(refresh.pairs, policy=newest, earlier=tuple(rewards))
         stages[reward] = dataclasses.replace(refresh, pairs=pairs)
         rewards.append(reward)
-        stages[f"learn_{number}"] = _next(learn, reward, newest if start == "newest" else learn.policy)
+        stages[f"{prefix}learn_{number}"] = _next(learn, reward, newest if start == "newest" else learn.policy)
     return stages
 
 

@@ -57,7 +57,7 @@ class Config(Stage):
     pairs: SampledPairs | Source | None = field(default_factory=SampledPairs)
     """The comparisons: sampled and judged, rows of a source of its own, or, if None, the rows of the experiment's. Rows
     have chosen and rejected, or completions with ranks or scores; for kto and bco they may have a completion and a
-    label."""
+    label. A field probability beside chosen and rejected is that the chosen one is better: the label is then soft."""
     losses: tuple[Term, ...] = (Term(),)
     """What is made small: a loss of pairs, a weighted sum of several, or kto or bco."""
     reference: Sync | None = None
@@ -115,6 +115,11 @@ class Config(Stage):
         return self.losses[0] if self.losses[0].is_of_thumbs else None
 
     @property
+    def certain(self) -> str | None:
+        """The first loss that takes no pairs with a probability, by the name of its field."""
+        return next((f"losses={term.loss}" for term in self.losses if not term.takes_probabilities), None)
+
+    @property
     def _completes_rows(self) -> bool:
         return self.evaluation_prompts > 0 and not isinstance(self.pairs, SampledPairs)
 
@@ -130,7 +135,7 @@ class Config(Stage):
 
     def check_inputs(self, data: Data) -> None:
         """The judgements, or the labelled texts that they are made from."""
-        (thumbs.check_thumbs if self.of_thumbs else comparisons.check_pairs)(self.pairs, data)
+        (thumbs.check_thumbs if self.of_thumbs else comparisons.check_pairs)(self.pairs, data, certain=self.certain)
 
     def stored(self) -> float:
         """The policy; a reference that follows it is in every checkpoint."""
@@ -213,7 +218,8 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     data = _judgements(config, context, name)
     layout = {"pad_id": context.tokenizer.pad_id, "completions": data.completions, "length": config.length}
     # Several annotators may have judged the same two completions.
-    judged = partial(batch_groups, pairs=data.pairs) if isinstance(data, Comparisons) else batch_thumbs
+    compared = isinstance(data, Comparisons)
+    judged = partial(batch_groups, pairs=data.pairs, soft=data.soft) if compared else batch_thumbs
     make = partial(judged, **layout)
     read = CompletionLogps(context.spec, context.mesh, make=make, batch_size=config.batch_size)
     rows, heldout = data.train, data.heldout
@@ -245,8 +251,9 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
 
 def _judgements(config: Config, context: Context, name: str) -> Judgements:
     if config.of_thumbs is not None:
-        return thumbs.of(config.pairs, context, name, length=config.length, beside=config.of_thumbs.loss == "kto")
-    data = comparisons.of(config.pairs, context, name, length=config.length)
+        beside = config.of_thumbs.loss == "kto"
+        return thumbs.of(config.pairs, context, name, length=config.length, beside=beside, certain=config.certain)
+    data = comparisons.of(config.pairs, context, name, length=config.length, certain=config.certain)
     single = all(len(group.pairs) == 1 for group in (*data.train, *data.heldout))
     if not single and any(term.is_across_batch for term in config.losses):
         raise UserError(f"stages.{name}.losses: aot sorts pairs across prompts, so each prompt must have one pair")

@@ -50,7 +50,8 @@ def of_pairs(
 ) -> HeldOut:
     """Pairs by a policy's log-probs; accuracy and margin are the first loss's own, of aot those of dpo.
 
-    A constant has an accuracy of 1/2.
+    A constant has an accuracy of 1/2. The loss is by the pairs' probabilities, as in training; the accuracy is how
+    often the chosen one is ahead.
     """
     pairs = [(group, index, pair) for index, group in enumerate(groups) for pair in group.pairs]
     chosen, rejected = (
@@ -63,7 +64,9 @@ def of_pairs(
         )
         for place in (0, 1)
     )
-    loss, diagnostics = weighted(terms, chosen, rejected, hyper)
+    known = [group.probabilities or (1.0,) * len(group.pairs) for group in groups]
+    soft = np.concatenate([np.asarray(each, np.float32) for each in known])
+    loss, diagnostics = weighted(terms, chosen, rejected, hyper, None if (soft == 1).all() else soft)
     if terms[0].is_across_batch:
         diagnostics = losses.dpo(chosen.logratio, rejected.logratio, beta=terms[0].beta or 0.1)[1]
     figures = {"loss": loss, **{name: diagnostics[name] for name in ("accuracy", "margin") if name in diagnostics}}

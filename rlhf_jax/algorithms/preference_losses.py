@@ -85,6 +85,9 @@ THUMB_LOSSES: dict[str, tuple[Callable[..., tuple[Array, dict[str, Array]]], str
 """
 
 _ACROSS_BATCH = ("aot", "aot_unpaired")
+# aot's entries are ranks, not pairs; exo_pair's label is a distribution already, by its label_smoothing, and its KL is
+# not linear in that; kto and bco read completions that were liked or not.
+_WITHOUT_PROBABILITIES = (*_ACROSS_BATCH, "exo_pair", *THUMB_LOSSES)
 _WITH_REFERENCE = (_LOGRATIO, _MEAN_LOGRATIO, _ALL_LOGPS)
 _INTERVALS = {
     "weight": "(0, inf)", "beta": "(0, inf)", "label_smoothing": "[0, 0.5)", "gamma": "[0, inf)", "alpha": "[0, inf)",
@@ -162,6 +165,11 @@ class Term:
         """Whether it sorts a batch's pairs, so that parts of the batch would give another number."""
         return self.loss in _ACROSS_BATCH
 
+    @property
+    def takes_probabilities(self) -> bool:
+        """Whether it may read pairs whose labels are soft."""
+        return self.loss not in _WITHOUT_PROBABILITIES
+
     def with_beta(self, beta: float) -> "Term":
         """With this β where the loss takes one and none is given."""
         takes = "beta" in inspect.signature(self._function).parameters
@@ -191,12 +199,23 @@ class Term:
 
 
 def weighted(
-    terms: Sequence[Term], chosen: Side, rejected: Side, hyper: Hyper
+    terms: Sequence[Term],
+    chosen: Side,
+    rejected: Side,
+    hyper: Hyper,
+    probabilities: Float[ArrayLike, " n"] | None = None,
 ) -> tuple[Float[Array, " n"], dict[str, Float[Array, " n"]]]:
-    """Σ weight · loss a pair; the diagnostics are the first term's, and each loss by name where there are several."""
+    """Σ weight · loss a pair; the diagnostics are the first term's, and each loss by name where there are several.
+
+    With `probabilities` p that the chosen one is the better, a loss is p ℓ(chosen, rejected) + (1 − p) ℓ(rejected,
+    chosen): that of a label drawn by p, in the mean. The other diagnostics are of the pair as it stands.
+    """
     total, found = jnp.zeros(jnp.shape(chosen.logps)), {}
     for term in terms:
         loss, diagnostics = term.of_pairs(chosen, rejected, hyper)
+        if probabilities is not None:
+            turned, _ = term.of_pairs(rejected, chosen, hyper)
+            loss = loss * probabilities + turned * (1 - jnp.asarray(probabilities))
         total += hyper.get(f"{term.loss}.weight", term.weight) * loss
         found = found or diagnostics
         found = found | ({term.loss: loss} if len(terms) > 1 else {})

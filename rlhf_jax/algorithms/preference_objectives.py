@@ -27,7 +27,8 @@ def pair_loss(spec: ModelSpec, terms: Sequence[Term]) -> LossFn:
         del key
         logps, routing, mask = completion_logps(spec, params, batch)
         chosen, rejected = sides(batch, logps)
-        loss, diagnostics = weighted(terms, chosen, rejected, hyper)
+        soft = None if batch.probabilities is None else jnp.reshape(batch.probabilities, -1)
+        loss, diagnostics = weighted(terms, chosen, rejected, hyper, soft)
         judged = jnp.reshape(batch.weights, -1) > 0
         diagnostics |= {"chosen_logps": chosen.logps, "rejected_logps": rejected.logps}
         found = {name: masking.token_mean(x, judged) for name, x in diagnostics.items()}

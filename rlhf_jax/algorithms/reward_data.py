@@ -85,7 +85,7 @@ def check(config: "Config", data: Data) -> None:
     rows = source(config, data)
     _check_kind(config.loss, rows)
     if config.loss in ORDERS:
-        comparisons.check(rows, needs=ORDERS[config.loss], ties=config.ties)
+        comparisons.check(rows, needs=ORDERS[config.loss], ties=config.ties, certain=config.certain)
     else:
         read(rows, _parser(config))
 
@@ -97,9 +97,8 @@ def load(config: "Config", context: Context, name: str) -> "ComparedRows | Judge
         return ComparedRows(config, context, comparisons.sample(config.pairs, context, name))
     rows = source(config, context.data)
     if config.loss in ORDERS:
-        needs, ties = ORDERS[config.loss], config.ties
-        found = comparisons.load(rows, tokenizer, length=config.length, needs=needs, ties=ties)
-        return ComparedRows(config, context, found)
+        kinds = {"needs": ORDERS[config.loss], "ties": config.ties, "certain": config.certain}
+        return ComparedRows(config, context, comparisons.load(rows, tokenizer, length=config.length, **kinds))
     encode = READERS[config.loss].encode(tokenizer)
     selected = select(rows, read(rows, _parser(config)), encode, length=config.length, tells=lambda row: row.tells)
     return JudgedRows(config, context, selected)
@@ -139,8 +138,8 @@ class ComparedRows:
     def batches(self, rows: Sequence[Any], *, seed: int, shard: Shard) -> Any:
         """Endless batches of some of the rows to train on."""
         sizes = {"completions": self.data.completions, "pairs": self.data.pairs, "length": self._config.length}
-        size = self._config.batch_size
-        return preference_batches(rows, pad_id=self._pad_id, batch_size=size, seed=seed, shard=shard, **sizes)
+        sizes["batch_size"] = self._config.batch_size
+        return preference_batches(rows, pad_id=self._pad_id, seed=seed, shard=shard, soft=self.data.soft, **sizes)
 
     def during(self, network: RewardNetwork, params: Params) -> Figures:
         """Held-out figures of what is being trained; of an ensemble those of the mean."""

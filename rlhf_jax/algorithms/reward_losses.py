@@ -32,7 +32,10 @@ Loss = Literal[
 
 
 def pair_loss(spec: ModelSpec, config: "Config") -> LossFn:
-    """(params, PreferenceBatch, hyper, key) -> Bradley-Terry's loss a pair, in nats."""
+    """(params, PreferenceBatch, hyper, key) -> Bradley-Terry's loss a pair, in nats.
+
+    Of a pair with a probability p: −p log σ(h) − (1 − p) log σ(−h), h = r_chosen − r_rejected − margin.
+    """
 
     def loss_fn(params: Params, batch: PreferenceBatch, hyper: Hyper, key: Key) -> tuple[Mean, dict[str, Mean]]:
         del key
@@ -41,12 +44,12 @@ def pair_loss(spec: ModelSpec, config: "Config") -> LossFn:
             params = _without_bias(params)
         scores = batch_scores(spec, params, batch)
         chosen, rejected = (jnp.take_along_axis(scores, batch.pairs[..., i], axis=1) for i in (0, 1))
-        loss, diagnostics = losses.bradley_terry(
-            chosen,
-            rejected,
-            margin=numbers.get("margin_scale", 0.0) * batch.margins,
-            label_smoothing=numbers.get("label_smoothing", 0.0),
-        )
+        margin = numbers.get("margin_scale", 0.0) * batch.margins
+        smoothing = numbers.get("label_smoothing", 0.0)
+        loss, diagnostics = losses.bradley_terry(chosen, rejected, margin=margin, label_smoothing=smoothing)
+        if batch.probabilities is not None:
+            turned, _ = losses.bradley_terry(rejected, chosen, margin=-margin, label_smoothing=smoothing)
+            loss = batch.probabilities * loss + (1 - batch.probabilities) * turned
         if config.centering:
             loss += numbers["centering"] * losses.centering(chosen, rejected)[0]
         judged = batch.weights > 0

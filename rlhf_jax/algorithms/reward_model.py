@@ -59,9 +59,10 @@ class Config(Stage):
     steps: process_bce."""
     pairs: SampledPairs | Source | None = field(default_factory=SampledPairs)
     """The rows: comparisons that are sampled and judged, rows of a source of its own, or, if None, the rows of the
-    experiment's. Comparisons have chosen and rejected, completions with ranks, scores or best, or two responses with
-    annotators' votes, of which bradley_terry counts each and k_wise the majority; others prompt, completion and rating,
-    or label; steps are completions with labels or ratings. A field annotator says who judged."""
+    experiment's. Comparisons have chosen and rejected (for bradley_terry perhaps with a probability that it is so, a
+    soft label), completions with ranks, scores or best, or two responses with annotators' votes, of which bradley_terry
+    counts each and k_wise the majority; others prompt, completion and rating, or label; steps are completions with
+    labels or ratings. A field annotator says who judged."""
     ties: Ties = "refuse"
     """Whether comparisons in which nothing is told apart, or less than the loss needs, are an error, or dropped and
     counted."""
@@ -128,6 +129,11 @@ class Config(Stage):
     def hyper(self) -> dict[str, float]:
         """What of the loss's numbers is not 0, which a sweep may vary."""
         return {name: vars(self)[name] for name in ("margin_scale", "label_smoothing", "centering") if vars(self)[name]}
+
+    @property
+    def certain(self) -> str | None:
+        """The loss, where it takes no pairs with a probability: an order is there, or it is not."""
+        return None if self.loss == "bradley_terry" else f"loss={self.loss}"
 
     @property
     def normalizes(self) -> bool:

@@ -26,13 +26,14 @@ class Thumbs:
     counts: Counts
 
 
-def of(pairs: Pairs, context: Context, name: str, *, length: int, beside: bool) -> Thumbs:
+def of(pairs: Pairs, context: Context, name: str, *, length: int, beside: bool, certain: str | None = None) -> Thumbs:
     """A stage's completions, in rows of at most `length` tokens; `beside`: each with one of another prompt.
 
+    Comparisons may have no probabilities where `certain` names the loss, see `comparisons.load`.
     Raises UserError where all were liked, or none, and where all have one prompt.
     """
     if isinstance(pairs, SampledPairs) or not _are_thumbs(comparisons.source_of(pairs, context.data)):
-        judged = comparisons.of(pairs, context, name, length=length)
+        judged = comparisons.of(pairs, context, name, length=length, certain=certain)
         train, heldout, counts = by_part(judged.train, from_groups), from_groups(judged.heldout), judged.counts
     else:
         source = comparisons.source_of(pairs, context.data)
@@ -52,19 +53,19 @@ def of(pairs: Pairs, context: Context, name: str, *, length: int, beside: bool) 
         raise UserError(f"stages.{name}.pairs: {error}; kto needs completions of other prompts, bco does not") from None
 
 
-def check_thumbs(pairs: Pairs, data: Data) -> None:
+def check_thumbs(pairs: Pairs, data: Data, *, certain: str | None = None) -> None:
     """Raise UserError, which begins with the field, for rows or texts that they cannot be read or made from."""
     if isinstance(pairs, SampledPairs):
         comparisons.check_pairs(pairs, data)
     else:
-        check_field("pairs", lambda: _check(comparisons.source_of(pairs, data)))
+        check_field("pairs", lambda: _check(comparisons.source_of(pairs, data), certain))
 
 
-def _check(source: Source) -> None:
+def _check(source: Source, certain: str | None) -> None:
     if _are_thumbs(source):
         read(source, formats.thumb)
     else:
-        comparisons.check(source)
+        comparisons.check(source, certain=certain)
 
 
 def _are_thumbs(source: Source) -> bool:

@@ -170,8 +170,9 @@ def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
         annotators = () if pair.annotator is None else (pair.annotator,)
         if not all(texts):
             return encode_group(tokenizer, pair.prompt, texts, (), ())
+        soft = () if pair.probability == 1 else (pair.probability,)
         if chat is None or not pair.chosen_messages:
-            return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,), annotators)
+            return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,), annotators, soft)
         prompts, completions = zip(
             *(
                 _answered(chat, messages, pair.answered_from)
@@ -182,7 +183,7 @@ def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
         if prompts[0] != prompts[1]:
             raise UserError(f"the chat template writes the prompt of two answers in two ways: {pair.prompt[:80]!r}")
         judged = (), ((0, 1),), (pair.margin,), "file", annotators
-        return PreferenceGroup(pair.prompt, texts, prompts[0], completions, *judged)
+        return PreferenceGroup(pair.prompt, texts, prompts[0], completions, *judged, probabilities=soft)
 
     return encode
 
@@ -276,6 +277,7 @@ def encode_group(
     pairs: tuple[tuple[int, int], ...],
     margins: tuple[float, ...],
     annotators: tuple[str, ...] = (),
+    probabilities: tuple[float, ...] = (),
 ) -> PreferenceGroup:
     """Completions of a prompt as plain text, each ended; their pairs as (winner, loser), with a margin each."""
     return PreferenceGroup(
@@ -288,4 +290,5 @@ def encode_group(
         margins=margins,
         source="file",
         annotators=annotators,
+        probabilities=probabilities,
     )

@@ -4,8 +4,8 @@ Conversations (lists of {"role", "content"}) become plain text, a paragraph a tu
 no chat template; the messages are kept, for a tokenizer that has one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_jax.data.fields import SPEAKERS, Fields, Messages, short
@@ -54,6 +54,8 @@ class Pair:
     """The message of both with which the answer begins."""
     annotator: str | None = None
     """Who judged, where the row says."""
+    probability: float = 1.0
+    """That the first is the better one, in (0, 1], where the row says."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,19 @@ def prompt(row: Fields) -> Prompt:
 def pair(row: Fields) -> Pair:
     """Of prompt, chosen and rejected; without prompt, it is what both begin with (TRL's implicit prompt).
 
-    A raw row of the Stanford Human Preferences (Ethayarajh et al. 2022) has other names, see `SHP`.
+    A raw row of the Stanford Human Preferences (Ethayarajh et al. 2022) has other names, see `SHP`. A probability is a
+    judge's that the chosen one is better: the label is soft (Bai et al. 2022, Constitutional AI, section 4.1).
     """
+    if "probability" not in row:
+        return _pair(row)
+    probability = row.number("probability")
+    if not 0 < probability <= 1:
+        raise row.error(f"'probability' must lie in (0, 1], found {probability:g}")
+    return replace(_pair(row), probability=probability)
+
+
+def _pair(row: Fields) -> Pair:
+    """But for its probability."""
     margin = row.number("margin") if "margin" in row else 0.0
     if "score_chosen" in row and "score_rejected" in row:
         margin = row.number("score_chosen") - row.number("score_rejected")
@@ -228,18 +241,6 @@ def scored(row: Fields) -> Scored:
     """Of text and score, and prompt where there is one."""
     before = row.text("prompt", empty=True) if "prompt" in row else ""
     return Scored(before, row.text("text"), row.number("score"))
-
-
-def judged(row: Fields) -> Callable[[Fields], Any]:
-    """What reads rows such as this one: pairs, texts with scores, or completions that were judged one by one."""
-    known = (("chosen", pair), (SHP[0], pair), ("completions", stepwise), ("rating", rated), ("label", thumb))
-    for name, parse in (*known, ("text", scored)):
-        if name in row and ("completion" in row or parse not in (rated, thumb)):
-            return parse
-    raise row.error(
-        "expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score', or 'prompt', 'completion' and 'rating' or "
-        f"'label', or 'prompt', 'completions' and 'labels'; the row has {row.names}"
-    )
 
 
 def thumb(row: Fields) -> Thumb:

@@ -39,10 +39,11 @@ def preference_batches(
     length: int,
     seed: int,
     pairs: int | None = None,
+    soft: bool = False,
     shard: Shard = WHOLE,
 ) -> grain.DatasetIterator:
-    """Endless `PreferenceBatch`es, see `endless`; of each the process's `shard`."""
-    make = partial(batch_groups, pad_id=pad_id, completions=completions, length=length, pairs=pairs)
+    """Endless `PreferenceBatch`es, see `batch_groups` and `endless`; of each the process's `shard`."""
+    make = partial(batch_groups, pad_id=pad_id, completions=completions, length=length, pairs=pairs, soft=soft)
     return batches(groups, make, batch_size=batch_size, seed=seed, shard=shard)
 
 
@@ -74,22 +75,31 @@ def stack(
 
 
 def batch_groups(
-    groups: Sequence[PreferenceGroup], *, pad_id: int, completions: int, length: int, pairs: int | None = None
+    groups: Sequence[PreferenceGroup],
+    *,
+    pad_id: int,
+    completions: int,
+    length: int,
+    pairs: int | None = None,
+    soft: bool = False,
 ) -> PreferenceBatch:
     """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0.
 
-    A group has at most `pairs` of these; None: one of every two completions.
+    A group has at most `pairs` of these; None: one of every two completions. With `soft` each has its probability:
+    all batches of a stage have these or none, so that one program reads them.
     """
     b, p = len(groups), math.comb(completions, 2) if pairs is None else pairs
     judged = np.zeros((b, p, 2), np.int32)
-    weights, margins = np.zeros((b, p), np.float32), np.zeros((b, p), np.float32)
+    weights, margins, probabilities = (np.full((b, p), fill, np.float32) for fill in (0, 0, 1))
     for i, group in enumerate(groups):
         n = len(group.pairs)
         judged[i, :n] = np.asarray(group.pairs, np.int32).reshape(-1, 2)
         weights[i, :n] = 1
         margins[i, :n] = group.margins
+        probabilities[i, :n] = group.probabilities or 1
     stacked = stack(groups, pad_id=pad_id, completions=completions, length=length)
-    return PreferenceBatch(*stacked, judged, weights, margins, _ref_logps(groups, completions))
+    known = probabilities if soft else None
+    return PreferenceBatch(*stacked, judged, weights, margins, _ref_logps(groups, completions), known)
 
 
 def batch_thumbs(rows: Sequence[Liked], *, pad_id: int, completions: int, length: int) -> ThumbBatch:

@@ -34,6 +34,7 @@ class PreferenceGroup:
     source: str
     annotators: tuple[str, ...] = ()  # who judged, one a pair; empty where that is not known
     ref_logps: tuple[float, ...] = ()  # of each completion under a reference, where that was read
+    probabilities: tuple[float, ...] = ()  # that a winner is the better one, one a pair; empty where it is certain
 
     def rows(self) -> list[list[int]]:
         """Prompt and completion, one row a completion."""

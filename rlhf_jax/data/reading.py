@@ -118,11 +118,24 @@ def read_texts(source: Source) -> Split[Text]:
 
 
 def read_judged(source: Part) -> list[Any]:
-    """All rows of a split, of the kind that `formats.judged` finds in the first one."""
+    """All rows of a split, of the kind of the first one: pairs, texts with scores, or completions judged one by one."""
     table = open_table(source)
     rows = [Fields(place, row, source.fields) for place, row in _located(table, source.split, source)]
-    parse = formats.judged(rows[0])
+    parse = _kind(rows[0])
     return [parse(row) for row in rows]
+
+
+def _kind(row: Fields) -> Callable[[Fields], Any]:
+    """What reads rows such as this one."""
+    pairs = (("chosen", formats.pair), (formats.SHP[0], formats.pair))
+    one_by_one = (("completions", formats.stepwise), ("rating", formats.rated), ("label", formats.thumb))
+    for name, parse in (*pairs, *one_by_one, ("text", formats.scored)):
+        if name in row and ("completion" in row or parse not in (formats.rated, formats.thumb)):
+            return parse
+    raise row.error(
+        "expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score', or 'prompt', 'completion' and 'rating' or "
+        f"'label', or 'prompt', 'completions' and 'labels'; the row has {row.names}"
+    )
 
 
 def read(source: Source, parse: Callable[[Fields], T]) -> tuple[Rows[T], ...]:

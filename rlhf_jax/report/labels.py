@@ -155,6 +155,7 @@ LABELS = {
     "spread_differed_auc_baseline": Label("… of a constant"),
     "uncertainty": Label("standard deviation among an ensemble's members", "score"),
     "undesirable_reward": Label("implicit reward of completions not liked", "nats times β"),
+    "undecided": Label("pairs that the judge leaves at a half", "count"),
     "unread": Label("judge's answers that are no letter", "count"),
     "questions_cut": Label("judge's questions without the start of their prompt", "count"),
     "judge_unread": Label("judge's answers that are no letter", "share"),

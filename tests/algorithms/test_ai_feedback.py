@@ -102,9 +102,32 @@ def test_pairs_that_the_judge_is_not_sure_of_are_left_out(context):
     with Server(lambda body: {"choices": [{"message": {"content": "A"}}]}) as server:  # whatever stands first
         judge = EndpointJudge(Endpoint(server.url, "judge-1"), template=template, top_logprobs=0)
         config = ai_feedback.Config(**CONFIG, judge=judge)
-        figures = ai_feedback.train(config, context, "feedback")
-        assert figures["flipped"] == 1 and figures["chose_a"] == 1 and figures["confidence"] == 0.5
-        sure = ai_feedback.Config(**CONFIG, judge=judge, least_confidence=0.1)
+        with pytest.raises(UserError, match="feedback: of 10 pairs 10 differ, and of none is the judge sure enough"):
+            ai_feedback.train(config, context, "feedback")  # a half for each, which says nothing
+
+
+def test_pairs_of_a_half_are_dropped_and_counted(context):
+    gold = GoldClassifier.fit(context.reviews.train)
+
+    def said(body):
+        """By one principle whatever stands first, by the other 0.6 for the better one."""
+        question = body["messages"][0]["content"]
+        prompt, first, second = re.search(r"<(.*)\|(.*)\|(.*)>", question, re.DOTALL).groups()
+        one, other = gold([prompt + first, prompt + second])
+        p = 0.75 if question.startswith("good?") else 0.6 if one > other else 0.4
+        tops = [{"token": "A", "logprob": math.log(p)}, {"token": "B", "logprob": math.log(1 - p)}]
+        choice = {"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "top_logprobs": tops}]}}
+        return {"choices": [choice]}
+
+    with Server(said) as server:
+        judge = EndpointJudge(Endpoint(server.url, "judge-1"), template=TEMPLATE)
+        figures = ai_feedback.train(ai_feedback.Config(**CONFIG, judge=judge), context, "feedback")
+        made = rows(context)
+        assert {row["principle"] for row in made} == {"kind?"} and 0 < len(made) < 10
+        assert all(row["probability"] == pytest.approx(0.6) for row in made)
+        assert figures["pairs"] == len(made) and figures["undecided"] == figures["left_out"] == 10 - len(made)
+        assert figures["flipped"] == pytest.approx(1 - len(made) / 10)
+        sure = ai_feedback.Config(**CONFIG, judge=judge, least_confidence=0.2)
         with pytest.raises(UserError, match="sure: of 10 pairs 10 differ, and of none is the judge sure enough"):
             ai_feedback.train(sure, context, "sure")
 

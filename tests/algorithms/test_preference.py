@@ -4,12 +4,14 @@ import json
 import math
 import os
 import signal
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.algorithms import preference
+from rlhf_jax.algorithms import comparisons, preference
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.preference_losses import Term
 from rlhf_jax.algorithms.reference import CompletionLogps, Sync, with_reference
@@ -95,6 +97,48 @@ def test_sampled_pairs_are_judged_and_the_policies_read_by_the_judges(context):
     written = read_jsonl(context.stage_dir("dpo") / "samples.jsonl")
     assert np.mean([row["gold"] for row in written[24:]]) == pytest.approx(summary["gold_after"])
     assert max(abs(row["kl"]) for row in written[:24]) < 1e-4
+
+
+def test_a_file_of_soft_labels_is_learnt_by_them(context, rows):
+    source = rows()
+    path = Path(source.path)
+    soft = [
+        json.loads(line) | ({"probability": 0.7} if i % 2 else {})
+        for i, line in enumerate(path.read_text().splitlines())
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in soft))
+    config = preference.Config(**FIELDS | {"batch_size": 32, "steps": 1}, losses=(Term("cpo"),), pairs=source)
+    config.check_inputs(context.data)
+    summary = preference.train(config, context, "cpo")
+    layout = {"pad_id": context.tokenizer.pad_id, "completions": 2, "length": 24}
+    make = partial(batch_groups, **layout)
+    read = CompletionLogps(SPEC, single_device_mesh(), make=make, batch_size=8)
+    data = comparisons.load(source, context.tokenizer, length=24)
+    assert data.soft and sum(bool(group.probabilities) for group in data.train) == 16
+    for stage, groups, found in (
+        ("sft", data.train, lines(context)[0]["loss"]),  # of the first step, before it
+        ("cpo", data.heldout, summary["heldout_loss"]),
+    ):
+        logps = np.float64(read(context.policy(stage), groups))
+        gap = 0.1 * (logps[:, 0] - logps[:, 1])
+        p = np.asarray([0.7 if group.probabilities else 1.0 for group in groups])
+        assert found == pytest.approx(np.mean(p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)), rel=1e-4)
+
+
+def test_losses_that_take_no_soft_labels_say_so(context, rows):
+    source = rows()
+    path = Path(source.path)
+    path.write_text(
+        path.read_text().replace('"prompt": "Film number 7', '"probability": 0.7, "prompt": "Film number 7')
+    )
+    for loss in ("aot", "aot_unpaired", "exo_pair", "kto", "bco"):
+        config = preference.Config(**FIELDS, losses=(Term(loss),), pairs=source)
+        with pytest.raises(
+            UserError, match=rf"^pairs: .*line 8: 'probability' is 0.7, but losses={loss} takes no soft"
+        ):
+            config.check_inputs(context.data)
+        with pytest.raises(UserError, match="takes no soft labels"):
+            preference.train(config, context, loss)
 
 
 def test_kto_learns_from_thumbs_and_from_pairs(make_context, rows):

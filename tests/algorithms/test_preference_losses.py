@@ -1,5 +1,6 @@
 """Every loss by name: its value against rows read one by one, and steps of the stage's own program that lower it."""
 
+import dataclasses
 import typing
 
 import jax
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import losses, models, sharding
-from rlhf_jax.algorithms import preference
+from rlhf_jax.algorithms import preference, preference_heldout
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.preference_losses import LOSSES, THUMB_LOSSES, Name, Term
+from rlhf_jax.algorithms.preference_objectives import pair_loss
 from rlhf_jax.algorithms.reference import CompletionLogps, Sync
 from rlhf_jax.data.preference_batches import batch_groups, batch_thumbs
 from rlhf_jax.data.preferences import PreferenceGroup
@@ -139,6 +141,47 @@ def test_a_loss_is_the_mean_over_pairs_and_falls(name, params, groups, logps_of,
     assert found[0]["loss"] == pytest.approx(2 * float(np.mean(expected)), rel=1e-4, abs=1e-5)
     assert found[2]["loss"] < found[0]["loss"]
     assert all(np.isfinite(list(metrics.values())).all() and metrics["grad_norm"] > 0 for metrics in found)
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+# In NumPy, of log-probs, those of the reference, and lengths; winner and loser of each.
+IN_NUMPY = {
+    "dpo": lambda w, x, rw, rx, n, m: softplus(-0.3 * (w - rw - x + rx)),
+    "ipo": lambda w, x, rw, rx, n, m: ((w - rw - x + rx) - 1 / 0.6) ** 2,
+    "hinge": lambda w, x, rw, rx, n, m: np.maximum(1 - 0.3 * (w - rw - x + rx), 0),
+    "bco_pair": lambda w, x, rw, rx, n, m: softplus(-0.3 * (w - rw)) + softplus(0.3 * (x - rx)),
+    "simpo": lambda w, x, rw, rx, n, m: softplus(1 - 0.3 * (w / n - x / m)),
+    "cpo": lambda w, x, rw, rx, n, m: softplus(-0.3 * (w - x)),
+    "sft": lambda w, x, rw, rx, n, m: -w / n,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_NUMPY)
+def test_a_soft_label_is_both_labels_by_their_probabilities(name, params, groups, logps_of):
+    term = Term(name, **({} if name == "sft" else {"beta": 0.3}))
+    soft = [dataclasses.replace(groups[0], probabilities=(0.9, 0.2, 0.6)), groups[1],
+            dataclasses.replace(groups[2], probabilities=(0.75, 0.5))]  # fmt: skip
+    policy, reference = (logps_of(one, soft) for one in params)
+    batch = with_logps(batch_groups(soft, **LAYOUT, soft=True), reference)
+    loss, found = pair_loss(SPEC, (term,))(params[0], batch, {}, jax.random.key(0))
+    expected, ahead = [], []
+    for one, own, ref in zip(soft, policy, reference, strict=True):
+        for (w, x), p in zip(one.pairs, one.probabilities or (1.0,), strict=True):
+            n, m = (len(one.completion_tokens[i]) for i in (w, x))
+            as_said = IN_NUMPY[name](own[w], own[x], ref[w], ref[x], n, m)
+            expected.append(p * as_said + (1 - p) * IN_NUMPY[name](own[x], own[w], ref[x], ref[w], m, n))
+            ahead.append(own[w] - ref[w] > own[x] - ref[x])
+    assert float(loss.value) == pytest.approx(np.mean(expected), rel=1e-4)
+    if name == "dpo":  # how often the chosen one is ahead, whatever its probability
+        assert float(found["accuracy"].value) == pytest.approx(np.mean(ahead))
+        logps = np.asarray([[*own, 0][:3] for own in policy], np.float32)
+        attached = [dataclasses.replace(one, ref_logps=tuple(ref)) for one, ref in zip(soft, reference, strict=True)]
+        heldout = preference_heldout.of_pairs((term,), attached, logps, {}).means()
+        assert heldout["heldout_loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+        assert heldout["heldout_accuracy"] == pytest.approx(np.mean(ahead))
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])

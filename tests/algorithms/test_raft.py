@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.algorithms import best_of_n, reward_model, sft
+from rlhf_jax.algorithms import ai_feedback, best_of_n, ppo, reward_model, sft
+from rlhf_jax.algorithms.iterated import iterated
 from rlhf_jax.algorithms.raft import raft, rest
 from rlhf_jax.config import Experiment, from_dict, load_config, to_dict, validate
 from rlhf_jax.data.reviews import MovieReviews
-from rlhf_jax.data.sources import FromStage
+from rlhf_jax.data.sources import FromStage, Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import MODELS
 from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.rewards.judging import LocalJudge
 from rlhf_jax.run import STAGES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,6 +46,27 @@ def test_rest_learns_of_one_set_of_rows_from_rising_thresholds_on():
     whole = experiment(stages)
     validate(whole, 1)
     assert from_dict(to_dict(whole), [*MODELS, *STAGES]) == whole
+
+
+def test_two_of_each_stand_side_by_side_by_their_names():
+    refresh, learn = reward_model.Config(), ppo.Config(policy="sft", reward="reward_model", critic="reward_model")
+    feedback, rows = ai_feedback.Config(judge=LocalJudge(length=64)), reward_model.Config(pairs=Jsonl("old.jsonl"))
+    made = {
+        "": raft(SAMPLE, LEARN, rounds=2),
+        "b": raft(SAMPLE, LEARN, rounds=2, name="b"),
+        "c": rest(SAMPLE, LEARN, thresholds=(0.0, 1.0), rounds=2),
+        "d": rest(SAMPLE, LEARN, thresholds=(0.0, 1.0), rounds=2, name="d"),
+        "e": iterated(refresh, learn, rounds=3, name="e"),
+        "f": iterated(rows, learn, rounds=3, feedback=feedback, name="f"),
+    }
+    stages = {name: stage for some in made.values() for name, stage in some.items()}
+    assert len(stages) == sum(map(len, made.values())) == 4 + 4 + 6 + 6 + 5 + 7
+    assert list(made["d"])[:2] == ["d_grow_1", "d_improve_1_1"] and stages["d_grow_2"].policy == "d_improve_1_2"
+    assert stages["b_learn_2"].init == "b_learn_1" and stages["b_learn_2"].data == FromStage("b_sample_2")
+    assert stages["e_reward_3"].pairs.earlier == ("reward_model", "e_reward_2")
+    assert stages["e_learn_3"].policy == "e_learn_2" and stages["e_learn_3"].critic == "e_reward_3"
+    assert stages["f_reward_3"].pairs.parts[1:] == (FromStage("f_pairs_2"), FromStage("f_pairs_3"))
+    validate(experiment(stages), 1)
 
 
 @pytest.mark.parametrize("thresholds", [(), (1.0, 0.5), (0.5, 0.5)])

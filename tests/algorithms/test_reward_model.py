@@ -12,11 +12,14 @@ from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import comparisons, reward_model
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.data.preference_batches import batch_groups, preference_batches
+from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.prompts import review_prompts
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import NonFiniteError, UserError
 from rlhf_jax.evals.reward import evaluate_groups
+from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.optim import Optimizer
+from rlhf_jax.rewards.ensemble import Ensemble
 from rlhf_jax.rewards.sentiment import GoldClassifier
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_step import compiled, make_train_step, sharded_state
@@ -98,6 +101,61 @@ def test_loss_is_the_mean_over_pairs_scored_one_by_one(context):
     assert float(loss.count) == len(terms)
     assert float(loss.value) == pytest.approx(np.mean(terms), rel=1e-4)
     assert float(metrics["accuracy"].value) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_a_soft_label_is_both_labels_by_their_probabilities(context):
+    rng, params = np.random.default_rng(0), context.head_params("reward_model")
+    groups = []
+    for p in (0.9, 0.6, 0.2):
+        tokens = tuple(tuple(rng.integers(4, 500, size=n).tolist()) for n in (4, 7))
+        soft = {"probabilities": (p,)}
+        groups.append(PreferenceGroup("", ("", ""), (2, 9), tokens, (), ((0, 1),), (1.5,), "file", **soft))
+    groups.append(dataclasses.replace(groups[0], prompt_tokens=(2, 8), probabilities=()))
+    config = reward_model.Config(pairs=PAIRS, **CONFIG, margin_scale=0.5, label_smoothing=0.1, centering=0.2)
+    batch = batch_groups(groups, pad_id=0, completions=2, length=24, soft=True)
+    loss, metrics = reward_model.pair_loss(SPEC, config)(params, batch, config.hyper, jax.random.key(0))
+    terms, right = [], []
+    for group in groups:
+        p = 0.9 * (group.probabilities or (1.0,))[0]
+        p += 0.1 * (1 - (group.probabilities or (1.0,))[0])  # a label that is drawn by p, then wrong at a rate of 0.1
+        won, lost = (
+            float(models.score(SPEC, params, np.asarray([row]), np.ones((1, len(row)), bool))[0])
+            for row in group.rows()
+        )
+        h = won - lost - 0.5 * 1.5
+        terms.append(p * math.log1p(math.exp(-h)) + (1 - p) * math.log1p(math.exp(h)) + 0.2 * (won + lost) ** 2)
+        right.append(won > lost)
+    assert float(loss.value) == pytest.approx(np.mean(terms), rel=1e-4)
+    assert float(metrics["accuracy"].value) == pytest.approx(np.mean(right), abs=1e-6)  # of the chosen one, whatever p
+
+
+@pytest.mark.parametrize("ensemble", [None, Ensemble(members=2, bootstrap=True)])
+def test_a_file_of_soft_labels_teaches_their_odds(ensemble, context, tmp_path):
+    """Scores end as far apart as the odds of 0.8 are, where labels that are certain would part them on and on."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": "It was", "chosen": f" good {i}", "rejected": f" bad {i}", "probability": 0.8} for i in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {**CONFIG, "steps": 60, "normalize": False, "evaluate_every": 60, "checkpoint_every": 60}
+    config = reward_model.Config(pairs=Jsonl(path, heldout=0.2), completion_tokens=12, ensemble=ensemble, **fields)
+    config.check_inputs(context.data)
+    context = dataclasses.replace(context, ensembles={} if ensemble is None else {"rm": ensemble})
+    assert reward_model.train(config, context, "rm")["accuracy"] == 1.0
+    margins = json.loads((context.stage_dir("rm") / "evaluation.json").read_text())["margins"]
+    assert margins == pytest.approx([math.log(0.8 / 0.2)] * 6, abs=0.3)
+    loss = read_jsonl(context.workdir / "metrics.jsonl")[-1]["loss"]
+    assert loss == pytest.approx(-0.8 * math.log(0.8) - 0.2 * math.log(0.2), abs=0.01)
+
+
+def test_a_loss_of_orders_takes_no_soft_labels(context, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b", "probability": 1 if i < 5 else 0.7} for i in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for loss in ("k_wise", "plackett_luce", "best_of_k"):
+        config = reward_model.Config(pairs=Jsonl(path), loss=loss, completion_tokens=12, **CONFIG)
+        with pytest.raises(UserError, match=rf"^pairs: .*line 6: 'probability' is 0.7, but loss={loss} takes no soft"):
+            config.check_inputs(context.data)
 
 
 def test_learns_normalises_and_reports(context):

@@ -64,6 +64,12 @@ def write(tmp_path):
         ({**PAIR, "margin": 2}, Pair("p", "good", "bad", 2.0)),
         ({**PAIR, "score_chosen": 4.5, "score_rejected": 3}, Pair("p", "good", "bad", 1.5)),
         ({**PAIR, "score_chosen": 2, "score_rejected": 3}, Pair("p", "good", "bad", 0.0)),  # the choice counts
+        ({**PAIR, "probability": 0.75}, Pair("p", "good", "bad", probability=0.75)),
+        ({**PAIR, "probability": 1}, Pair("p", "good", "bad")),
+        (
+            {"chosen": "It is now.", "rejected": "It is not.", "probability": 0.2},
+            Pair("It is", " now.", " not.", probability=0.2),
+        ),
         # Implicit prompt: what both begin with, up to a space, so that "not" is not cut into "no" and "t".
         ({"chosen": "It is now.", "rejected": "It is not."}, Pair("It is", " now.", " not.")),
         ({"chosen": "Yes it is", "rejected": "Yes it"}, Pair("Yes", " it is", " it")),
@@ -241,6 +247,10 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_rows(write):
         (read_pairs, {**PAIR, "margin": math.nan}, "'margin' must be a finite number, found NaN"),
         (read_pairs, {**PAIR, "margin": 10**400}, "'margin' must be a finite number, found 1000"),
         (read_pairs, {**PAIR, "margin": True}, "'margin' must be a finite number, found true"),
+        (read_pairs, {**PAIR, "probability": 0}, r"'probability' must lie in \(0, 1\], found 0"),
+        (read_pairs, {**PAIR, "probability": 1.5}, r"'probability' must lie in \(0, 1\], found 1.5"),
+        (read_pairs, {**PAIR, "probability": "high"}, "'probability' must be a finite number, found \"high\""),
+        (read_pairs, {**PAIR, "probability": None}, "'probability' must be a finite number, found null"),
         (read_pairs, {**PAIR, "chosen": [ASSISTANT]}, "'rejected' must be a list of messages"),
         (read_pairs, {**PAIR, "chosen": "\ud800"}, r"'chosen': \\ud800 is half a character"),
         (read_pairs, {"chosen": [{"role": ["user"], "content": "x"}], "rejected": [RUDE]}, "a message has a role"),

@@ -1,5 +1,6 @@
 """Groups to arrays: every token in its place, absent completions and pairs masked, resumed within an epoch."""
 
+import dataclasses
 import json
 import math
 
@@ -45,7 +46,18 @@ def test_a_batch_by_hand():
     assert batch.pairs.shape == (2, 3, 2)
     assert batch.pairs[0, 0].tolist() == [1, 0] and batch.weights[0].tolist() == [1, 0, 0]
     assert batch.pairs[1].tolist() == [[1, 0], [2, 0], [2, 1]] and batch.weights[1].tolist() == [1, 1, 1]
-    assert batch.margins.tolist() == [[1, 0, 0], [1, 2, 3]]
+    assert batch.margins.tolist() == [[1, 0, 0], [1, 2, 3]] and batch.probabilities is None
+
+
+def test_soft_labels_stand_beside_pairs_that_are_certain():
+    soft = dataclasses.replace(group(8, completions=3), probabilities=(0.5, 0.75, 0.25))
+    batch = batch_groups([group(7), soft], pad_id=PAD, completions=3, length=7, soft=True)
+    assert batch.probabilities.dtype == np.float32
+    assert batch.probabilities.tolist() == [[1, 1, 1], [0.5, 0.75, 0.25]]
+    certain = next(
+        preference_batches([group(7)] * 4, pad_id=PAD, batch_size=2, completions=3, length=8, seed=0, soft=True)
+    )
+    assert certain.probabilities.tolist() == [[1] * 3] * 2  # by the stage, not by the rows of a batch
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 6, 12])

@@ -1,0 +1,46 @@
+"""What a stage may take of pairs that earlier stages make: said before anything runs."""
+
+import pytest
+
+from rlhf_jax.algorithms import ai_feedback, preference, reward_model, sft
+from rlhf_jax.algorithms.preference_losses import Term
+from rlhf_jax.config import Experiment, validate
+from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.data.sources import FromStage, Jsonl, Mixture
+from rlhf_jax.errors import UserError
+from rlhf_jax.interop.pretrained import Bundled
+from rlhf_jax.rewards.judging import LocalJudge
+
+FEEDBACK = FromStage("feedback")
+
+
+def experiment(learner):
+    stages = {"sft": sft.Config(), "feedback": ai_feedback.Config(judge=LocalJudge(length=64)), "learner": learner}
+    return Experiment(model=Bundled(), data=MovieReviews(), stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("learner", "says"),
+    [
+        (
+            preference.Config(pairs=FEEDBACK, losses=(Term("kto"),)),
+            "and losses=kto takes no soft labels",
+        ),
+        (preference.Config(pairs=FEEDBACK, losses=(Term(), Term("aot"))), "and losses=aot takes no soft labels"),
+        (
+            preference.Config(pairs=Mixture((Jsonl("a.jsonl"), FEEDBACK), (1.0, 1.0)), losses=(Term("bco"),)),
+            "and losses=bco takes no soft labels",
+        ),
+        (reward_model.Config(pairs=FEEDBACK, loss="k_wise"), "and loss=k_wise takes no soft labels"),
+    ],
+)
+def test_a_judges_pairs_are_refused_before_they_are_paid_for(learner, says):
+    with pytest.raises(
+        UserError, match=rf"^stages.learner.pairs.stage: 'feedback' writes each pair with a prob.*{says}$"
+    ):
+        validate(experiment(learner), 1)
+
+
+def test_the_others_take_them():
+    for learner in (preference.Config(pairs=FEEDBACK), reward_model.Config(pairs=FEEDBACK)):
+        assert validate(experiment(learner), 1) is None
