@@ -276,20 +276,42 @@ def with_block(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
 
 
+LETTER, LINE, GAP = 0.047, 0.018, 0.08
+"""Of a label a letter (log KL), the height (gold score), and the distance from its point (log KL), in the picture."""
+
+
+def free_place(
+    name: str,
+    point: tuple[float, float],
+    points: list[tuple[float, float]],
+    taken: list[tuple[float, float, float]],
+) -> tuple[float, float]:
+    """Where a label begins, the nearest place beside its point that no point and no label (added to `taken`) is in."""
+    width = LETTER * len(name)
+    sides = point[0] + GAP, point[0] - GAP - width
+    heights = [point[1] + sign * LINE / 2 * step for step in range(40) for sign in (1, -1)]
+    for y, x in itertools.product(heights, sides):
+        on_point = any(x - GAP / 2 < u < x + width and abs(y - v) < LINE / 2 for u, v in points)
+        on_label = any(x < u + w and u < x + width and abs(y - v) < LINE for u, v, w in taken)
+        if not on_point and not on_label:
+            break
+    taken.append((x, y, width))
+    return x, y
+
+
 def draw(rows: list[Row], curves: list[list[list[float]]], path: Path) -> None:
     """Gold score over KL: a point a method, and the best of n for n from 2 to 16, a line a seed."""
-    figure, ax = plt.subplots(figsize=(9, 6))
+    figure, ax = plt.subplots(figsize=(11, 7))
     for points in curves:
         ax.plot(*zip(*points, strict=True), color="grey", lw=1)
-    taken: list[tuple[float, float]] = []
+    points = [(math.log(one.kl), one.after) for one in rows]
+    taken: list[tuple[float, float, float]] = []
     for one in sorted(rows, key=lambda one: one.after):
         ax.errorbar(one.kl, one.after, yerr=2 * one.error, fmt="o", ms=5, lw=1)
-        x, y = math.log(one.kl), one.after
-        while any(abs(x - u) < 0.6 and abs(y - v) < 0.018 for u, v in taken):  # of labels about here
-            y += 0.003
-        taken.append((x, y))
-        line = {"arrowstyle": "-", "lw": 0.4, "color": "grey"}  # to labels that had to move
-        ax.annotate(one.name, (one.kl, one.after), xytext=(1.09 * one.kl, y - 0.004), fontsize=8, arrowprops=line)
+        x, y = free_place(one.name, (math.log(one.kl), one.after), points, taken)
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "grey"} if abs(y - one.after) > LINE / 2 else None
+        label = (math.exp(x), y)
+        ax.annotate(one.name, (one.kl, one.after), xytext=label, fontsize=8, va="center", arrowprops=line)
     if rows:
         ax.axhline(float(np.mean([one.before for one in rows])), color="grey", lw=1, ls=":")
     ax.set_xscale("log")
