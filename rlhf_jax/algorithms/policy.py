@@ -142,6 +142,14 @@ class Config(PolicyGradientConfig):
                 self.kl_in == "loss" and self.kl_estimator == "k1" and self.kl.coef > 0,
                 "kl_estimator='k1' in the loss has an expected gradient of 0; take k2 or k3, or kl_in='reward'",
             ),
+            (
+                self.gamma != 1 and self.credit == "completion",
+                f"gamma={self.gamma} is of rewards a token: credit='token', or 1 with credit='completion'",
+            ),
+            (
+                loss == "p3o" and not self.learn_unfinished,
+                "learn_unfinished=False: loss='p3o' learns from pairs, of which one half may not have ended: True",
+            ),
         ]
 
     def _of_others(self) -> list[tuple[bool, str]]:
@@ -155,6 +163,11 @@ class Config(PolicyGradientConfig):
                 self.trust_region is not None and self.batch_size % self.trust_region.fisher_every > 0,
                 f"batch_size={self.batch_size} must divide by trust_region.fisher_every",
             ),
+            (
+                not self.learn_unfinished and not self.sampling.ends,
+                "learn_unfinished=False learns from completions that end, which sampling.ends=False does not let them",
+            ),
+            (region and self.stop_at_kl is not None, "stop_at_kl is no part of trust_region's step, which has max_kl"),
             (region and self.ptx is not None, "ptx is no part of trust_region's step"),
             (region and self.packing is not None, "packing is no part of trust_region's step"),
             (region and self.ewc is not None, "ewc is no part of trust_region's step"),
