@@ -33,6 +33,7 @@ from rlhf_jax.logprobs import entropy
 from rlhf_jax.masking import token_mean
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import with_load_balance
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties
@@ -193,10 +194,21 @@ class Config(PolicyGradientConfig):
                 "dynamic_sampling needs placement=Colocated() without offload",
             ),
             (
+                self.shaping.normalize != "none" and self.scale != "none" and not self._weighs_scores,
+                f"shaping.normalize={self.shaping.normalize!r}: scale={self.scale!r} divides by the spread of scores "
+                "anyway, and nothing stands beside them (KL in the reward, a clip, a penalty): 'none'",
+            ),
+            (
                 self.shaping.whiten,
                 "shaping.whiten is PPO's, of token rewards; here scale='batch' whitens advantages",
             ),
         ]
+
+    @property
+    def _weighs_scores(self) -> bool:
+        """Whether something that has a unit of its own is added to scores or put in their place."""
+        priced = self.kl_in == "reward" and self.kl.coef > 0
+        return priced or self.shaping.sets_numbers or self.overlong is not None or self.truncate is not None
 
     @property
     def copies(self) -> int:
@@ -253,10 +265,12 @@ class Algorithm(CriticFree):
         rollout = super().sample(behaviour, frozen, prompts, greedy=greedy)
         return rollout.replace(group_ids=rows // self.config.group_size, used=None if greedy is None else ~greedy)
 
-    def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
+    def with_advantages(
+        self, rollout: Rollout, *, kl_coef: Array, moments: Moments | None = None
+    ) -> tuple[Rollout, Metrics]:
         """Rewards a token, from these advantages, and which completions are learnt from."""
         c, mask = self.config, rollout.completion_mask
-        has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout)
+        has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout, moments)
         if c.overlong is not None:
             shaped += overlong_penalties(mask.sum(-1), c.overlong, limit=c.completion_tokens)
         groups = shaped.reshape(-1, c.group_size)
