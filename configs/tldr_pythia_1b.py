@@ -8,9 +8,10 @@ linear for PPO, no clipping of gradients; 92,858 comparisons once, in batches of
 512, 4 epochs of one step, KL at 0.05, a score of −1 without EOS, no whitening of rewards; temperature 0.7, and 0.01 in
 evaluation.
 
+The reward model's scores are shifted to mean 0 on the posts' own summaries, all of them.
+
 Other than theirs: SFT packs several posts into a row, so that 80 rows hold about the 128 of their batch (an estimate);
-the reward model's scores are scaled to mean 0 and standard deviation 1 on samples of the SFT policy, theirs shifted to
-mean 0 on its references; the critic has an optimiser of its own, where theirs adds 0.1 times its loss.
+the critic has an optimiser of its own, where theirs adds 0.1 times its loss.
 
 Not run: neither the model nor the data fit where this was written. Checked there: the shapes and their layout on eight
 devices, and the same stages on a tiny model with rows of the same form. The data sets are TRL's copies of OpenAI's,
@@ -63,8 +64,9 @@ def get_config() -> Experiment:
                 init="sft",
                 pairs=COMPARISONS,
                 length=1 + POST + COMPARED,
-                completion_tokens=SUMMARY,
-                samples=512,
+                normalize="mean",
+                normalize_on="references",
+                samples=125_000,
                 steps=1451,
                 batch_size=64,
                 evaluate_every=200,

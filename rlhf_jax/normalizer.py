@@ -60,13 +60,14 @@ def update(state: Moments, scores: Float[ArrayLike, "*s"], mask: Bool[ArrayLike,
 
 @typed
 def normalize(scores: Float[ArrayLike, "*s"], state: Moments, *, center: bool = True) -> Float[Array, "*s"]:
-    """(s − mean) · rsqrt(variance + 1e-8), or s · rsqrt(variance + 1e-8) unless `center`; s before the first update.
+    """(s − mean) · rsqrt(variance + 1e-8), or s · rsqrt(variance + 1e-8) unless `center`.
 
     Ziegler et al. 2019 normalise a reward model's scores once, to mean 0 and variance 1; a running scale does it as it
-    goes. Scores that were all the same so far have no scale: one that differs from them becomes very large.
+    goes (Zheng et al. 2023, "score reparameterization"). Scores that were all the same so far, but for float32's
+    rounding of their mean, have no scale and are not divided; before the first update nothing is changed.
 
     >>> normalize(jnp.array([3.0]), update(Moments(), jnp.array([0.0, 2.0])))
     Array([2.], dtype=float32)
     """
-    shift = state.mean if center else 0
-    return (as_float(scores) - shift) * jnp.where(state.count > 0, jax.lax.rsqrt(state.variance + VARIANCE_EPS), 1)
+    shift, differ = state.mean if center else 0, state.variance > 1e-12 * state.mean**2
+    return (as_float(scores) - shift) * jnp.where(differ, jax.lax.rsqrt(state.variance + VARIANCE_EPS), 1)

@@ -80,6 +80,10 @@ def test_before_the_first_score_nothing_is_changed(center):
     assert empty.count == 0 and empty.mean == 0 and empty.variance == 0
 
 
-def test_scores_that_are_all_the_same_become_zero():
-    state = normalizer.update(Moments(), np.full(4, 7, np.float32))
-    assert not normalizer.normalize(np.full(3, 7, np.float32), state).any()
+@pytest.mark.parametrize("same", [7.0, 0.1, -1e4])
+def test_scores_that_were_all_the_same_are_not_divided(same):
+    """0.1 is not its own mean in float32: what is left of it is no scale."""
+    state = normalizer.update(Moments(), np.full(17, same, np.float32))
+    scores = np.float32([same, same + 2])
+    np.testing.assert_allclose(normalizer.normalize(scores, state), [0, 2], rtol=1e-3, atol=1e-6 * abs(same))
+    np.testing.assert_array_equal(normalizer.normalize(scores, state, center=False), scores)

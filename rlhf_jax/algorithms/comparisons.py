@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -250,22 +250,30 @@ class Prompted(Protocol):
         ...
 
 
-class Splits(Protocol):
+R = TypeVar("R", covariant=True)
+
+
+class Splits(Protocol[R]):
     """Rows to train on and held out."""
 
     @property
-    def train(self) -> Sequence[Prompted]:
+    def train(self) -> Sequence[R]:
         """To train on."""
         ...
 
     @property
-    def heldout(self) -> Sequence[Prompted]:
+    def heldout(self) -> Sequence[R]:
         """Held out."""
         ...
 
 
+def first_rows(data: Splits[R], count: int) -> list[R]:
+    """So many of the rows, the held-out ones first."""
+    return [*data.heldout, *data.train[: max(0, count - len(data.heldout))]][:count]
+
+
 def policy_samples(
-    data: Splits,
+    data: Splits[Prompted],
     context: Context,
     name: str,
     *,
@@ -277,7 +285,6 @@ def policy_samples(
 ) -> list[list[int]]:
     """Rows of `count` of the prompts, the held-out ones first, each completed by a policy."""
     room = length - completion_tokens
-    groups = [*data.heldout, *data.train[: max(0, count - len(data.heldout))]][:count]
     sampler = Sampler(
         context.spec,
         context.mesh,
@@ -287,7 +294,7 @@ def policy_samples(
         sampling=Sampling(),
         batch_size=batch_size,
     )
-    prompts = [fitted(group.prompt_tokens, (), length=room)[0] for group in groups]
+    prompts = [fitted(group.prompt_tokens, (), length=room)[0] for group in first_rows(data, count)]
     samples = sampler(context.policy(policy), prompts, context.key(f"{name}/normalize"))
     return [sample.prompt + sample.tokens for sample in samples]
 

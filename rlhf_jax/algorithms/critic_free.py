@@ -14,7 +14,8 @@ from rlhf_jax import guard
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
-from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
+from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, first_moments, policy_state, with_scores
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.types import Metrics, Rollout, TrainState
 
 
@@ -30,7 +31,9 @@ class CriticFree(PolicyGradient):
         """Completions beside each other that one step takes together."""
 
     @abstractmethod
-    def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
+    def with_advantages(
+        self, rollout: Rollout, *, kl_coef: Array, moments: Moments | None = None
+    ) -> tuple[Rollout, Metrics]:
         """What completions are worth beside others, and which are learnt from."""
 
     @abstractmethod
@@ -41,15 +44,16 @@ class CriticFree(PolicyGradient):
         self, state: PolicyState, frozen: Frozen, rollout: Rollout, metrics: Metrics
     ) -> tuple[PolicyState, Metrics, Rollout]:
         """Compare the completions of a scored rollout, update; the scoring's `metrics` stand in those given back."""
+        moments, moment_metrics = with_scores(state.moments, rollout)
         with jax.named_scope("score"):
             rollout, stale_metrics = self.with_old_logps(rollout, state, frozen)
-            rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
+            rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef, moments=moments)
         with jax.named_scope("update"):
             state, update_metrics = self.update(state, frozen, rollout)
         controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
-        metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
+        metrics = {**metrics, **moment_metrics, **stale_metrics, **reward_metrics, **update_metrics}
         average = averaged(state.average, state.policy, self.config.average)
-        return state.replace(kl=controller, average=average), metrics, rollout
+        return state.replace(kl=controller, average=average, moments=moments), metrics, rollout
 
     def update(self, state: PolicyState, frozen: Frozen, rollout: Rollout) -> tuple[PolicyState, Metrics]:
         """`epochs` × `minibatches` steps."""
@@ -85,4 +89,5 @@ def initial_state(algorithm: CriticFree, context: Context, name: str, hyper: dic
     """The policy at the start of training, in shards; `hyper` beside its learning rate and the price of KL."""
     c = algorithm.config
     policy = policy_state(algorithm, context, name, {**hyper, "kl_coef": c.kl.coef})
-    return PolicyState(policy, context.replicated(c.kl.init()), None if c.average is None else copied(policy.params))
+    average = None if c.average is None else copied(policy.params)
+    return PolicyState(policy, context.replicated(c.kl.init()), average, first_moments(c.shaping, context))

@@ -31,6 +31,7 @@ from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.models.experts import with_load_balance
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
 from rlhf_jax.types import Hyper, Key, LossFn, Mean, Metrics, Params, Rollout
@@ -105,6 +106,11 @@ class Config(PolicyGradientConfig):
             (self.kl.coef <= 0, f"kl.coef={self.kl.coef} is the losses' β: it must be over 0"),
             (self.gamma != 1, f"gamma={self.gamma} is of rewards a token, which pairs have not: 1"),
             (self.shaping.whiten, "shaping.whiten is PPO's, of token rewards; pairs have none"),
+            (
+                self.shaping.normalize != "none" and not self.shaping.sets_numbers and self.truncate is None,
+                f"shaping.normalize={self.shaping.normalize!r} leaves the order of scores as it is, and pairs have no "
+                "more of them without a clip or a penalty: 'none'",
+            ),
         ]
 
     @property
@@ -175,9 +181,11 @@ class Algorithm(CriticFree):
         writers = jnp.where(rollout.used[:, None], scored.logps, scored.ref_logps)
         return scored, {**metrics, "sampling_deviation": ratio_deviation(writers, rollout.logps)}
 
-    def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
+    def with_advantages(
+        self, rollout: Rollout, *, kl_coef: Array, moments: Moments | None = None
+    ) -> tuple[Rollout, Metrics]:
         """Scores after shaping; a prompt whose completions are all equally good is not learnt from."""
-        scores = self.shaped(rollout)
+        scores = self.shaped(rollout, moments)
         groups = scores.reshape(-1, self.config.group_size)
         tied = groups.max(-1) == groups.min(-1)
         finite = 0 * scores.sum()  # not a number where a score is not: the loop sees it, whoever wrote the completion

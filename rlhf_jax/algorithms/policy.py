@@ -32,6 +32,7 @@ from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.masking import token_mean
 from rlhf_jax.models.experts import with_load_balance
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.numerics import require
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import OverlongPenalty, overlong_penalties
@@ -141,6 +142,14 @@ class Config(PolicyGradientConfig):
                 self.kl_in == "loss" and self.kl_estimator == "k1" and self.kl.coef > 0,
                 "kl_estimator='k1' in the loss has an expected gradient of 0; take k2 or k3, or kl_in='reward'",
             ),
+            (
+                self.gamma != 1 and self.credit == "completion",
+                f"gamma={self.gamma} is of rewards a token: credit='token', or 1 with credit='completion'",
+            ),
+            (
+                loss == "p3o" and not self.learn_unfinished,
+                "learn_unfinished=False: loss='p3o' learns from pairs, of which one half may not have ended: True",
+            ),
         ]
 
     def _of_others(self) -> list[tuple[bool, str]]:
@@ -154,6 +163,11 @@ class Config(PolicyGradientConfig):
                 self.trust_region is not None and self.batch_size % self.trust_region.fisher_every > 0,
                 f"batch_size={self.batch_size} must divide by trust_region.fisher_every",
             ),
+            (
+                not self.learn_unfinished and not self.sampling.ends,
+                "learn_unfinished=False learns from completions that end, which sampling.ends=False does not let them",
+            ),
+            (region and self.stop_at_kl is not None, "stop_at_kl is no part of trust_region's step, which has max_kl"),
             (region and self.ptx is not None, "ptx is no part of trust_region's step"),
             (region and self.packing is not None, "packing is no part of trust_region's step"),
             (region and self.ewc is not None, "ewc is no part of trust_region's step"),
@@ -179,10 +193,21 @@ class Config(PolicyGradientConfig):
                 "dynamic_sampling needs placement=Colocated() without offload",
             ),
             (
+                self.shaping.normalize != "none" and self.scale != "none" and not self._weighs_scores,
+                f"shaping.normalize={self.shaping.normalize!r}: scale={self.scale!r} divides by the spread of scores "
+                "anyway, and nothing stands beside them (KL in the reward, a clip, a penalty): 'none'",
+            ),
+            (
                 self.shaping.whiten,
                 "shaping.whiten is PPO's, of token rewards; here scale='batch' whitens advantages",
             ),
         ]
+
+    @property
+    def _weighs_scores(self) -> bool:
+        """Whether something that has a unit of its own is added to scores or put in their place."""
+        priced = self.kl_in == "reward" and self.kl.coef > 0
+        return priced or self.shaping.sets_numbers or self.overlong is not None or self.truncate is not None
 
     @property
     def copies(self) -> int:
@@ -231,10 +256,12 @@ class Algorithm(CriticFree):
         rollout = super().sample(behaviour, frozen, prompts, greedy=greedy)
         return rollout.replace(group_ids=rows // self.config.group_size, used=None if greedy is None else ~greedy)
 
-    def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
+    def with_advantages(
+        self, rollout: Rollout, *, kl_coef: Array, moments: Moments | None = None
+    ) -> tuple[Rollout, Metrics]:
         """Rewards a token, from these advantages, and which completions are learnt from."""
         c, mask = self.config, rollout.completion_mask
-        has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout)
+        has_ended, shaped = ended(rollout, self.eos_id), self.shaped(rollout, moments)
         if c.overlong is not None:
             shaped += overlong_penalties(mask.sum(-1), c.overlong, limit=c.completion_tokens)
         groups = rollout.scores.reshape(-1, c.group_size)  # before the overlong penalty, as dynamic sampling reads them

@@ -32,6 +32,7 @@ from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.logprobs import entropy, ratio_deviation, token_logps
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.heads import HEAD
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
@@ -343,9 +344,9 @@ class PolicyGradient(ABC):
         metrics["stopped"] = stopped.astype(jnp.float32)
         return new, stopped, metrics
 
-    def shaped(self, rollout: Rollout) -> Float[Array, " b"]:
+    def shaped(self, rollout: Rollout, moments: Moments | None) -> Float[Array, " b"]:
         """Scores as rewards are made of them."""
-        scores = shape_scores(rollout.scores, ended(rollout, self.eos_id), self.config.shaping)
+        scores = shape_scores(rollout.scores, ended(rollout, self.eos_id), self.config.shaping, moments)
         return truncation.penalised(scores, self.config.truncate, self.cut_ids, rollout)
 
     def reduce(self, x: Float[Array, "*b t"], mask: Bool[Array, "*b t"]) -> Mean:

@@ -4,22 +4,28 @@ from functools import partial
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
-from rlhf_jax import kl, models
+from rlhf_jax import kl, models, normalizer
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.models import lora
 from rlhf_jax.models.heads import HEAD, box
+from rlhf_jax.normalizer import Moments
+from rlhf_jax.rewards.shaping import Shaping
 from rlhf_jax.train_step import sharded_state
-from rlhf_jax.types import Params, TrainState
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState
 
 
 class PolicyState(flax.struct.PyTreeNode):
-    """What changes in every method: policy, KL controller, the policy's moving average where there is one."""
+    """What changes in every method: policy, KL controller, and where there are such the policy's moving average and the
+    moments of all scores so far.
+    """
 
     policy: TrainState
     kl: kl.KLState
     average: Params | None
+    moments: Moments | None
 
     @property
     def final(self) -> Params:
@@ -38,6 +44,19 @@ def averaged(average: Params | None, policy: TrainState, decay: float | None) ->
     if average is None or decay is None:
         return None
     return jax.tree.map(lambda a, p: (a + (1 - decay) * (p - a)).astype(p.dtype), average, policy.params)
+
+
+def first_moments(shaping: Shaping, context: Context) -> Moments | None:
+    """Those of no scores, on every device; None where scores are not normalised."""
+    return None if shaping.normalize == "none" else context.replicated(Moments())
+
+
+def with_scores(moments: Moments | None, newest: Rollout) -> tuple[Moments | None, Metrics]:
+    """The moments after an iteration's scores too, of what the policy wrote and learns from; and what they are."""
+    if moments is None:
+        return None, {}
+    moments = normalizer.update(moments, newest.scores, newest.used)
+    return moments, {"running_mean": moments.mean, "running_std": jnp.sqrt(moments.variance)}
 
 
 def policy_state(

@@ -24,12 +24,13 @@ from rlhf_jax.algorithms.context import Context, Role, copies, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
-from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, policy_state
+from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, first_moments, policy_state, with_scores
 from rlhf_jax.algorithms.replay import Replay
 from rlhf_jax.algorithms.rollouts import old_logps
 from rlhf_jax.logprobs import entropy
 from rlhf_jax.models.experts import with_load_balance
 from rlhf_jax.models.heads import box
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Disaggregated, Idle
@@ -131,20 +132,21 @@ class Algorithm(PolicyGradient):
         self, state: State, frozen: Frozen, rollout: Rollout, metrics: Metrics
     ) -> tuple[State, Metrics, Rollout]:
         """Estimate advantages of a scored rollout, update; the scoring's `metrics` stand in those given back."""
+        moments, moment_metrics = with_scores(state.moments, rollout)
         if self.config.replay is not None and state.older is not None:
             rollout = replay.joined(rollout, state.older)
             state = state.replace(older=replay.without_oldest(rollout, self.config.replay))
         with jax.named_scope("score"):
             rollout, stale_metrics = self.with_old_logps(self.with_values(rollout, state, frozen), state, frozen)
-            rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef)
+            rollout, reward_metrics = self.with_advantages(rollout, kl_coef=state.kl.coef, moments=moments)
         with jax.named_scope("update"):
             state, update_metrics = self.update(state, frozen, rollout)
         controller = self.config.kl.update(state.kl, metrics["seq_kl"], self.config.batch_size)
-        metrics = {**metrics, **stale_metrics, **reward_metrics, **update_metrics}
+        metrics = {**metrics, **moment_metrics, **stale_metrics, **reward_metrics, **update_metrics}
         average = averaged(state.average, state.policy, self.config.average)
         if self.config.replay is not None:
             rollout = jax.tree.map(lambda x: x[: self.config.batch_size], rollout)
-        return state.replace(kl=controller, average=average), metrics, rollout
+        return state.replace(kl=controller, average=average, moments=moments), metrics, rollout
 
     def with_values(self, rollout: Rollout, state: State, frozen: Frozen) -> Rollout:
         """The critic's values, where it is a network of its own."""
@@ -158,11 +160,13 @@ class Algorithm(PolicyGradient):
 
         return rollout.replace(values=self.padded(scoring.in_parts(c.packing, part, rollout, c.parts)))
 
-    def with_advantages(self, rollout: Rollout, *, kl_coef: Array) -> tuple[Rollout, Metrics]:
+    def with_advantages(
+        self, rollout: Rollout, *, kl_coef: Array, moments: Moments | None = None
+    ) -> tuple[Rollout, Metrics]:
         """Rewards a token, and from these advantages and returns."""
         c, mask = self.config, rollout.completion_mask
         k1 = masking.keep(kl.k1(rollout.logps, rollout.ref_logps), mask)
-        rewards = token_rewards(self.shaped(rollout), k1, mask, kl_coef=kl_coef)
+        rewards = token_rewards(self.shaped(rollout, moments), k1, mask, kl_coef=kl_coef)
         metrics = {"reward": rewards.sum(-1)[: c.batch_size].mean(), "kl_coef": kl_coef}
         if c.shaping.whiten:
             rewards = masking.whiten(rewards, mask, shift_mean=False)
@@ -274,6 +278,7 @@ def initial_state(algorithm: Algorithm, context: Context, name: str) -> State:
         average=None if c.average is None else copied(policy.params),
         critic=None if isinstance(c.critic, SharedTrunk) else critic_state(algorithm, context, name, c.critic),
         kl=context.replicated(c.kl.init()),
+        moments=first_moments(c.shaping, context),
         older=None if c.replay is None else replay.empty(c.replay, context, rows=c.batch_size, length=length),
     )
 

@@ -3,6 +3,7 @@
     ppo.Config(**PRESETS["nplus"], policy="sft", reward="reward_model", data=POSTS)
 
 Data, model and mesh are the experiment's. Where a paper's detail has no field here, its entry says what stands instead.
+The same papers' reward models are in `reward_presets`.
 """
 
 from typing import Any
@@ -23,9 +24,14 @@ _TLDR: dict[str, Any] = {
     "kl": FixedKL(0.05), "whiten_advantages": True, "gamma": 1.0, "lam": 0.95, "clip_eps": 0.2, "value_clip": 0.2,
     "shaping": Shaping(eos_penalty=EosPenalty(score=-1.0, how="replace")),
     "critic": "reward_model",
-    "optimizer": Optimizer(3e-6, schedule="linear", b2=0.999, eps=1e-5, clip_norm=_UNCLIPPED),
-    "critic_optimizer": Optimizer(3e-6, schedule="linear", b2=0.999, eps=1e-5, clip_norm=_UNCLIPPED),
 }  # fmt: skip
+
+
+def _both(optimizer: Optimizer) -> dict[str, Any]:
+    return {"optimizer": optimizer, "critic_optimizer": optimizer}
+
+
+_LINEAR: dict[str, Any] = {"schedule": "linear", "b2": 0.999, "eps": 1e-5, "clip_norm": _UNCLIPPED}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The reward is read at the full stop that a completion is cut at, not at the last of the pads behind it, and " ."
@@ -42,9 +48,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             1e-5, schedule="linear", b2=0.999, eps=1e-5, eps_form="tensorflow", clip_norm=_UNCLIPPED
         ),
     },
-    # Stiennon et al. 2020 as Huang et al. 2024 (N+) found it: TL;DR, a critic of its own from the reward model.
-    "stiennon2020": _TLDR,
-    "nplus": _TLDR,
+    # TL;DR, a critic of its own from the reward model. What Stiennon et al. 2020 leave open is as Huang et al. 2024
+    # (N+) found it; the learning rate is that of 1.3B (of 6.7B: 7e-6, batches of 256).
+    "stiennon2020": {**_TLDR, **_both(Optimizer(1.5e-5, **_LINEAR))},
+    "nplus": {**_TLDR, **_both(Optimizer(3e-6, weight_decay=0.01, **_LINEAR))},
     # Ouyang et al. 2022. Eight rows of pretraining text an episode; the mean over tokens makes 27.8 weigh less than
     # their sum over a text (losses.pretraining_mix).
     # Of this paper's pretraining texts 8,192 rows stand in memory, each drawn many times; clipping is the default.
@@ -53,8 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 512, "steps": 256_000 // 512, "epochs": 1, "minibatches": 8,
         "kl": FixedKL(0.02), "gamma": 1.0, "lam": 0.95, "clip_eps": 0.2, "value_clip": 0.2,
         "ptx": PretrainingMix(coef=27.8, batch_size=512, row_length=1024, rows=8192), "average": 0.992,
-        "critic": "reward_model",
-        "optimizer": Optimizer(9e-6, warmup_steps=80), "critic_optimizer": Optimizer(9e-6, warmup_steps=80),
+        "critic": "reward_model", **_both(Optimizer(9e-6, warmup_steps=80)),
     },
 }  # fmt: skip
 """The fields that a paper sets."""

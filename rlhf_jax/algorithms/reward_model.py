@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import guard, hosts, models, sharding
-from rlhf_jax.algorithms import comparisons, reward_data
+from rlhf_jax.algorithms import reward_data, reward_units
 from rlhf_jax.algorithms.comparisons import SampledPairs, Ties
 from rlhf_jax.algorithms.context import (
     Context,
@@ -30,13 +30,13 @@ from rlhf_jax.algorithms.context import (
     named,
 )
 from rlhf_jax.algorithms.loop import Loop, finish
-from rlhf_jax.algorithms.reward_data import ORDERS, ComparedRows, JudgedRows, normalized
+from rlhf_jax.algorithms.reward_data import ORDERS, normalized
 from rlhf_jax.algorithms.reward_losses import LOSSES, Loss, first_thresholds, of_heads
 from rlhf_jax.algorithms.reward_losses import pair_loss as pair_loss
+from rlhf_jax.algorithms.reward_units import Normalize, NormalizeOn, Units
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.data.texts import check_texts
-from rlhf_jax.errors import NonFiniteError
-from rlhf_jax.evals.reward import ScoreRows, review_accuracy, write_evaluation
+from rlhf_jax.evals.reward import review_accuracy, write_evaluation
 from rlhf_jax.models import lora
 from rlhf_jax.numerics import require
 from rlhf_jax.optim import Optimizer
@@ -86,12 +86,17 @@ class Config(Stage):
     """Expected share of wrong labels."""
     centering: float = 0.0
     """Weight of (r_chosen + r_rejected)², which holds scores around 0 (Eisenstein et al. 2023)."""
-    normalize: bool = True
-    """Afterwards scores of comparisons get mean 0 and standard deviation 1 on samples, every member's of an ensemble:
-    the held-out completions of `pairs.policy`, or, of a source's rows, completions of their prompts by `init`. Ratings
-    and logits of labels mean something as they are, and are left so."""
+    normalize: Normalize = "mean_std"
+    """What scores of comparisons get afterwards, every member's of an ensemble: mean 0, or mean 0 and standard
+    deviation 1 (Ziegler et al. 2019). Ratings and logits of labels mean something as they are, and are left so."""
+    normalize_on: NormalizeOn = "samples"
+    """The completions that it is on. samples: the held-out ones of `pairs.policy`, or, of a source's rows, completions
+    of their prompts by `init`. references: those of the experiment's rows, or of a source that is named here: prompt
+    and completion, messages, or text (Stiennon et al. 2020; Ouyang et al. 2022)."""
+    normalize_before: bool = False
+    """Whether the new head is normalised before it is trained, too (Ziegler et al. 2019)."""
     samples: int = 256
-    """Prompts of a source that `init` completes to normalise on, the held-out ones first."""
+    """Prompts of a source that `init` completes, or references that are read, to normalise on; held-out ones first."""
     completion_tokens: int = 40
     """Most tokens of such a completion."""
     evaluate_every: int = 50
@@ -110,6 +115,11 @@ class Config(Stage):
             raise ValueError(f"batch_size={self.batch_size} must divide by num_microbatches={self.num_microbatches}")
         if isinstance(self.pairs, SampledPairs):
             self._check_sampled(self.pairs)
+        if not self.normalizes and (self.normalize_on != "samples" or self.normalize_before):
+            why = (
+                "normalize='none'" if self.normalize == "none" else f"scores of loss={self.loss!r} are left as they are"
+            )
+            raise ValueError(f"normalize_on and normalize_before: {why}: leave them 'samples' and False")
         for name in self.hyper:
             if self.loss != "bradley_terry":
                 raise ValueError(f"{name}={vars(self)[name]} is for loss='bradley_terry', not {self.loss!r}")
@@ -138,7 +148,7 @@ class Config(Stage):
     @property
     def normalizes(self) -> bool:
         """Whether scores are normalised afterwards."""
-        return self.normalize and self.loss in ORDERS
+        return self.normalize != "none" and self.loss in ORDERS
 
     @property
     def produces(self) -> Kind:
@@ -151,11 +161,12 @@ class Config(Stage):
         return named("policy", init=self.init) | pairs
 
     def check_inputs(self, data: Data) -> None:
-        """The rows, or the labelled texts that comparisons are made from."""
+        """The rows, or the labelled texts that comparisons are made from; reference texts."""
         if isinstance(self.pairs, SampledPairs):
             check_field("pairs=SampledPairs", lambda: check_texts(data, labelled=True))
         else:
             check_field("pairs", lambda: reward_data.check(self, data))
+        check_field("normalize_on", lambda: reward_units.check(self, data))
 
     def stored(self) -> float:
         """A trunk, or each model's of an ensemble; heads are small."""
@@ -221,9 +232,13 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     network = RewardNetwork(spec, mesh, length=config.length, pad_id=tokenizer.pad_id, ensemble=config.ensemble)
 
     loop = Loop(context, name, steps=config.steps, checkpoint_every=config.checkpoint_every)
+    units = Units(config, context, name, data, network) if config.normalizes else None
     with loop, sharding.scope(mesh):
         loop.note(f"{name}: {data.counts.line()}")
-        state = loop.restore(state, batches)
+        new, state = state, loop.restore(state, batches)
+        if units is not None and config.normalize_before and state is new:
+            state = units.at_start(state)
+        del new  # its arrays are the first step's to donate
         for step in loop:
             batch = next(batches)
             state, metrics = step_fn(state, sharding.local_batch(mesh, batch), context.head_base)
@@ -232,10 +247,8 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
                 metrics |= data.during(network, lora.merge(context.head_base, state.params))
             loop.record(state, metrics, tokens=int(np.sum(batch.mask)) * shard.count)
 
-    params, moments = state.params, None
-    if config.normalizes:
-        moments = _moments(config, context, name, data, partial(network.members, lora.merge(context.head_base, params)))
-    read = params
+    params = read = state.params
+    moments = None if units is None else units.moments(params)
     if moments is not None and config.ensemble is not None:  # what a comparison leaves free is a constant a member
         read = normalized(params, moments[0], np.ones_like(moments[1]))
     score = partial(network, lora.merge(context.head_base, read))
@@ -245,7 +258,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         external = review_accuracy(score, context.reviews.test, tokenizer, length=config.length)
     if hosts.is_writer():
         write_evaluation(context.stage_dir(name) / "evaluation.json", final.evaluation, external)
-    finish(context, name, data.rescaled(params) if moments is None else normalized(params, *moments))
+    finish(context, name, data.rescaled(params) if units is None or moments is None else units.set(params, moments))
     mean, std = (final.scores.mean(), final.scores.std()) if moments is None else moments
     return {
         **final.figures,
@@ -256,33 +269,3 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         **guard.figures(state),
         **data.counts.figures(),
     }
-
-
-def _moments(
-    config: Config, context: Context, name: str, data: ComparedRows | JudgedRows, members: ScoreRows
-) -> tuple[Any, Any]:
-    """Mean and standard deviation of each member's scores, [m], of samples: the held-out completions where these were
-    sampled, else completions of `init`; of a single network two numbers.
-    """
-    rows = data.heldout_rows
-    if not isinstance(config.pairs, SampledPairs):
-        rows = comparisons.policy_samples(
-            data,
-            context,
-            name,
-            policy=config.init,
-            count=config.samples,
-            completion_tokens=config.completion_tokens,
-            length=config.length,
-            batch_size=config.batch_size,
-        )
-    moments = [(float(scores.mean()), float(scores.std())) for scores in members(rows)]
-    for mean, std in moments:
-        if not std > 0:
-            raise NonFiniteError(
-                f"{name}: all {len(rows)} scores are {mean:g} and cannot be normalised; nothing is saved"
-            )
-    if config.ensemble is None:
-        return moments[0]
-    means, stds = np.asarray(moments, np.float32).T
-    return means, stds

@@ -119,6 +119,8 @@ LABELS = {
     "rows_merged": Label("rows merged, standing twice", "count"),
     "reward_timeouts": Label("answers that took the reward too long to read", "count"),
     "rows_train": Label("rows to train on", "count"),
+    "running_mean": Label("mean of all scores so far", "score"),
+    "running_std": Label("standard deviation of all scores so far", "score"),
     "same_choice": Label("student and teacher prefer the same token", "share"),
     "sampling_deviation": Label("largest |ratio to the sampler − 1|"),
     "score": Label("reward-model score"),

@@ -6,6 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.normalizer import Moments, normalize
 from rlhf_jax.numerics import as_float, require
 from rlhf_jax.types import ArrayLike, typed
 
@@ -25,8 +26,11 @@ class EosPenalty:
 
 @dataclass(frozen=True)
 class Shaping:
-    """From raw scores to those that make rewards."""
+    """From raw scores to those that make rewards, in the order of the fields."""
 
+    normalize: Literal["none", "std", "mean_std"] = "none"
+    """By the moments of all scores so far of completions that the policy wrote, this iteration's among them: divided
+    by their standard deviation, or brought to mean 0, too (Zheng et al. 2023). The moments are a part of the state."""
     scale: float = 1.0
     """Multiplies the scores."""
     clip: float | None = None
@@ -39,6 +43,11 @@ class Shaping:
     def __post_init__(self) -> None:
         require("shaping.scale", self.scale, "(-inf, inf)")
         require("shaping.clip", self.clip, "(0, inf)")
+
+    @property
+    def sets_numbers(self) -> bool:
+        """Whether some scores become numbers that are given here, so that the unit of the others matters."""
+        return self.clip is not None or self.eos_penalty is not None
 
 
 @dataclass(frozen=True)
@@ -68,13 +77,15 @@ def overlong_penalties(lengths: Int[ArrayLike, "*b"], config: OverlongPenalty, *
 
 @typed
 def shape_scores(
-    scores: Float[ArrayLike, "*b"], has_ended: Bool[ArrayLike, "*b"], config: Shaping
+    scores: Float[ArrayLike, "*b"], has_ended: Bool[ArrayLike, "*b"], config: Shaping, moments: Moments | None = None
 ) -> Float[Array, "*b"]:
-    """Scale and clip scores, then penalise completions without EOS.
+    """Normalise by the moments so far, if they are given, scale and clip scores; penalise completions without EOS.
 
     >>> shape_scores(jnp.array([3.0, 3.0]), jnp.array([True, False]), Shaping(clip=2.0, eos_penalty=EosPenalty()))
     Array([ 2., -1.], dtype=float32)
     """
+    if moments is not None:
+        scores = normalize(scores, moments, center=config.normalize == "mean_std")
     scores = as_float(scores) * config.scale
     if config.clip is not None:
         scores = jnp.clip(scores, -config.clip, config.clip)

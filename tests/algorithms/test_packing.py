@@ -109,7 +109,7 @@ def of_policy(method, **fields):
 
     def state(learner):
         own = create_state(networks(), learner.policy_optimizer, hyper, jax.random.key(1))
-        return PolicyState(own, config.kl.init(), None)
+        return PolicyState(own, config.kl.init(), None, None)
 
     return policy.Algorithm, config, state
 
@@ -135,15 +135,15 @@ def test_updates_of_policy_and_critic_are_those_of_padded_rows(shared):
                 "head": networks(head=True)["head"],
             }
             critic = None if shared else create_state(other, learner.critic_optimizer, hyper, jax.random.key(2))
-            return ppo.State(policy=own, average=None, critic=critic, kl=config.kl.init(), older=None)
+            return ppo.State(policy=own, average=None, critic=critic, kl=config.kl.init(), moments=None, older=None)
 
         return ppo.Algorithm, config, state
 
     def with_values(learner):
         class Valued(learner):
-            def with_advantages(self, rollout, *, kl_coef):
+            def with_advantages(self, rollout, **kept):
                 values = jnp.where(rollout.completion_mask, 0.1, 0.0) if rollout.values is None else rollout.values
-                return super().with_advantages(rollout.replace(values=values), kl_coef=kl_coef)
+                return super().with_advantages(rollout.replace(values=values), **kept)
 
         return Valued
 

@@ -26,6 +26,7 @@ from rlhf_jax.placement import Colocated
 from rlhf_jax.report.labels import LABELS
 from rlhf_jax.rewards.shaping import OverlongPenalty, Shaping
 from rlhf_jax.rewards.verifiers import PatternMatch
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import MeshConfig, single_device_mesh
 from rlhf_jax.train_step import compiled
 from rlhf_jax.types import Rollout
@@ -274,6 +275,10 @@ BAD = [
     ("dapo", {"reward": "reward_model"}, "dynamic_sampling replaces groups of equal scores: it needs"),
     ("dapo", {"placement": Colocated(("reference",))}, r"dynamic_sampling needs placement=Colocated\(\)"),
     ("grpo", {"shaping": Shaping(whiten=True)}, "shaping.whiten is PPO's"),
+    ("grpo", {"gamma": 0.9}, "gamma=0.9 is of rewards a token: credit='token', or 1"),
+    ("p3o", {"learn_unfinished": False}, "learn_unfinished=False: loss='p3o' learns from pairs"),
+    ("grpo", {"learn_unfinished": False, "sampling": Sampling(ends=False)}, "learn_unfinished=False learns from compl"),
+    ("trpo", {"stop_at_kl": 0.1}, "stop_at_kl is no part of trust_region's step"),
 ]  # fmt: skip
 
 

@@ -148,11 +148,11 @@ PAPERS = {
 }  # fmt: skip
 ADAM = {"kind": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-5, "weight_decay": 0.0, "final_share": 0.0}
 UNCLIPPED = {"clip_norm": 1e9}  # a gradient's norm: none of these clipped it
-LATER = {"learning_rate": 3e-6, "eps_form": "torch", "schedule": "linear"}
+LATER = {"eps_form": "torch", "schedule": "linear"}
 OPTIMIZERS = {
     "ziegler2019": ADAM | UNCLIPPED | {"learning_rate": 1e-5, "eps_form": "tensorflow", "schedule": "linear"},
-    "stiennon2020": ADAM | UNCLIPPED | LATER,
-    "nplus": ADAM | UNCLIPPED | LATER,
+    "stiennon2020": ADAM | UNCLIPPED | LATER | {"learning_rate": 1.5e-5},  # appendix B.1, 1.3B
+    "nplus": ADAM | UNCLIPPED | LATER | {"learning_rate": 3e-6, "weight_decay": 0.01},  # AdamW as PyTorch has it
     # Ouyang et al. 2022, appendix C: Adam with β2 0.95, a constant rate after ten iterations of eight steps.
     "instructgpt": ADAM
     | {"b2": 0.95, "eps": 1e-8, "eps_form": "torch", "clip_norm": 1.0}

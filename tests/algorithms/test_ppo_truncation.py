@@ -45,7 +45,7 @@ def rollouts():
 def test_a_completion_is_read_up_to_the_first_token_to_cut_at_and_pays_where_there_is_none():
     algorithm = ppo.Algorithm(CONFIG, ModelSpec(vocab_size=12), eos_id=3, pad_id=0, cut_ids=STOPS)
     rollout = rollouts()
-    read, shaped = jax.jit(lambda rollout: (algorithm.cut(rollout).read, algorithm.shaped(rollout)))(rollout)
+    read, shaped = jax.jit(lambda rollout: (algorithm.cut(rollout).read, algorithm.shaped(rollout, None)))(rollout)
     lost = 0
     for i in range(64):
         kept = np.flatnonzero(rollout.completion_mask[i]).tolist()

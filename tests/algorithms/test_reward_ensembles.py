@@ -37,7 +37,7 @@ def config(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(ranked(i, 3)) + "\n" for i in range(30)))
     fields = {**CONFIG, "steps": 4, "evaluate_every": 4, "checkpoint_every": 4, "completion_tokens": 12}
-    return reward_model.Config(init="base", loss="k_wise", pairs=Jsonl(path, heldout=0.2), normalize=False, **fields)
+    return reward_model.Config(init="base", loss="k_wise", pairs=Jsonl(path, heldout=0.2), normalize="none", **fields)
 
 
 def holding(context, ensemble=TWO):

@@ -218,7 +218,7 @@ def test_rows_in_order_train_on_all_their_pairs(context, tmp_path):
 def test_without_rows_of_its_own_it_takes_the_experiments(context, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(12)))
-    config = reward_model.Config(pairs=None, completion_tokens=12, **{**CONFIG, "steps": 2, "normalize": False})
+    config = reward_model.Config(pairs=None, completion_tokens=12, **{**CONFIG, "steps": 2, "normalize": "none"})
     config.check_inputs(Jsonl(path))
     own = dataclasses.replace(context, data=Jsonl(path))
     figures = reward_model.train(config, own, "rm")
