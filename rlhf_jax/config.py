@@ -86,7 +86,7 @@ def validate(experiment: Experiment, devices: int) -> None:
             if made not in MAKERS[role]:
                 fit = " or ".join(map(_a, MAKERS[role]))
                 raise UserError(f"stages.{name}.{where}: needs a stage that makes {fit}; {required!r} makes {_a(made)}")
-        check_earlier(name, experiment.stages)
+        check_earlier(name, experiment.stages, experiment.data)
         for where, length in stage.lengths().items():
             if length > max_len:
                 raise UserError(

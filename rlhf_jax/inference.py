@@ -157,12 +157,15 @@ def score(run: Run, path: Path, *, stage: str | None, fields: Mapping[str, str] 
     counts the rows of the file that were longer than those that the model was trained on, and were cut to that,
     `dropped` transcripts without an answer to compare. Raises UserError where no row is left.
 
-    Of ratings, labels and labelled steps n counts these, and the figures are those that a stage reports of such rows
-    when they are held out (`evals.judgements`), but for the baselines, which are of the file's own mean. `fields` are
-    the rows' own names of fields, by TRL's. UserError names the file and the row that is of another kind.
+    Of ratings, labels and labelled steps n counts these, and the figures are those of `evals.judgements` that the
+    stage's scores have the unit for: rmse those of "scalar_rating" alone, accuracy and log_loss logits. Baselines are
+    of the file's own mean. `fields` are the rows' own names of fields, by TRL's. UserError names the file and the row
+    that is of another kind.
     """
     name = run.pick(stage, "scorer")
-    judged = read_judged(Jsonl(path, fields=fields or {}))
+    config = run.stages[name]
+    assert isinstance(config, reward_model.Config)
+    judged = read_judged(Jsonl(path, fields=fields or {}), neutral=config.neutral == "right")
     context, length = run.context, max(run.stages[name].lengths().values())
     ensemble, pad_id = context.ensembles.get(name), context.tokenizer.pad_id
     network = RewardNetwork(context.spec, context.mesh, length=length, pad_id=pad_id, ensemble=ensemble)
@@ -172,7 +175,7 @@ def score(run: Run, path: Path, *, stage: str | None, fields: Mapping[str, str] 
         kept = [row for row in (row.cut(length) for row in whole) if row.tells]
         read = partial(network.at, context.network(name))
         figures = _judgements(kept, lambda *at: network.combined(read(*at)), judged[0], path)
-        return {**figures, "cut": sum(row.longest > length for row in whole), "stage": name}
+        return {**_of_unit(figures, config.loss), "cut": sum(row.longest > length for row in whole), "stage": name}
     rows: list[list[int]] = []
     cut = dropped = 0
     encode = encode_pair(context.tokenizer)
@@ -251,6 +254,13 @@ def _judgements(
     if isinstance(first, Stepwise):
         figures |= evaluate_solutions(scores, labels, which, prompts)
     return {"n": len(targets), **figures}
+
+
+def _of_unit(figures: dict[str, Any], loss: str) -> dict[str, Any]:
+    """Without the figures that ask for scores in another unit than a loss has taught: the ratings', or logits."""
+    other = () if loss == "scalar_rating" else ("rmse",)
+    other += () if loss in ("outcome_bce", "process_bce") else ("accuracy", "log_loss", "solution")
+    return {name: value for name, value in figures.items() if not name.startswith(other)}
 
 
 def _text_group(tokenizer: Tokenizer, row: Scored) -> PreferenceGroup:

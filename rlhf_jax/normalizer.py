@@ -69,5 +69,5 @@ def normalize(scores: Float[ArrayLike, "*s"], state: Moments, *, center: bool = 
     >>> normalize(jnp.array([3.0]), update(Moments(), jnp.array([0.0, 2.0])))
     Array([2.], dtype=float32)
     """
-    shift, differ = state.mean if center else 0, state.variance > 1e-12 * state.mean**2
+    shift, differ = state.mean if center else 0, state.variance > 1e-13 * state.mean**2
     return (as_float(scores) - shift) * jnp.where(differ, jax.lax.rsqrt(state.variance + VARIANCE_EPS), 1)

@@ -1,7 +1,7 @@
 import dataclasses
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import jax
@@ -14,6 +14,7 @@ from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.checkpoint import save_params
 from rlhf_jax.config import Experiment, to_dict
 from rlhf_jax.data.reviews import MovieReviews
+from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
 from rlhf_jax.interop import FromPretrained, Pretrained, export, load_pretrained
 from rlhf_jax.interop.pretrained import TOKENIZER_FILE
@@ -97,6 +98,13 @@ def read(function, params, tokens, length):
 
 def padded(tokens):
     return jnp.asarray(tokens + [0] * (SPEC.max_len - len(tokens))), len(tokens)
+
+
+def taught_by(run, loss, **fields):
+    """The run as if another loss had taught its reward model."""
+    length = run.stages["reward_model"].length
+    config = reward_model.Config(loss=loss, pairs=Jsonl("rows.jsonl"), length=length, **fields)
+    return replace(run, stages={**run.stages, "reward_model": config})
 
 
 def score_of(run, prompt: str, text: str) -> float:
@@ -203,8 +211,7 @@ class TestScore:
         result = inference.score(run, write(rows), stage=None, fields={"prompt": "question"})
         scores = np.asarray([score_of(run, "The film", text) for text in texts])
         assert (result["n"], result["cut"], result["stage"]) == (3, 0, "reward_model")
-        assert result["rmse"] == pytest.approx(np.sqrt(np.mean((scores - ratings) ** 2)), abs=1e-4)
-        assert result["rmse_baseline"] == pytest.approx(np.std(ratings))
+        assert not any(name.startswith("rmse") for name in result)  # Bradley-Terry's scores are in no rating's unit
         assert result["correlation"] == pytest.approx(np.corrcoef(scores, ratings)[0, 1], abs=1e-4)
         json.dumps(result)
 
@@ -214,13 +221,17 @@ class TestScore:
         result = inference.score(run, write(rows), stage=None)
         scores = np.asarray([score_of(run, "A film", text) for text in texts])
         won = [(a > b) + (a == b) / 2 for a in scores[[0, 3]] for b in scores[[1, 2]]]
-        assert result["accuracy"] == pytest.approx(np.mean((scores > 0) == labels))
-        assert result["auc"] == pytest.approx(np.mean(won))
+        assert "accuracy" not in result and "log_loss" not in result  # nor are they logits
+        taught = inference.score(taught_by(run, "outcome_bce"), write(rows), stage=None)
+        assert taught["accuracy"] == pytest.approx(np.mean((scores > 0) == labels))
+        assert result["auc"] == taught["auc"] == pytest.approx(np.mean(won))
 
     def test_steps(self, run, write):
         """A solution of one step is a completion after its prompt's line."""
         rows = [{"prompt": "1 + 1", "completions": [a, b], "labels": [True, y]}
                 for a, b, y in (("It is", "2", True), ("It may be", "3", False), ("So", "4", False))]  # fmt: skip
+        assert not {"accuracy", "log_loss"} & set(inference.score(run, write(rows), stage=None))
+        run = taught_by(run, "process_bce")
         result = inference.score(run, write(rows), stage=None)
         assert result["n"] == 6 and {"accuracy", "auc", "log_loss"} <= set(result)
         single = [{"prompt": "1 + 1", "completions": [b], "labels": [y]} for b, y in (("2", True), ("3", False))]
@@ -228,6 +239,17 @@ class TestScore:
         scores = np.asarray([score_of(run, "1 + 1\n", b) for b in "23"])
         assert found["accuracy"] == pytest.approx(np.mean((scores > 0) == [True, False]))
         assert found["log_loss"] == pytest.approx(np.mean(np.logaddexp(0, [-scores[0], scores[1]])), abs=1e-4)
+
+    def test_a_neutral_step_is_what_the_stage_says(self, run, write):
+        rows = [{"prompt": "1 + 1", "completions": [b], "ratings": [y]} for b, y in (("2", 1), ("3", 0), ("4", -1))]
+        auc = {}
+        for neutral in ("right", "wrong"):
+            found = inference.score(taught_by(run, "process_bce", neutral=neutral), write(rows), stage=None)
+            scores = [score_of(run, "1 + 1\n", b) for b in "234"]
+            right = scores[:2] if neutral == "right" else scores[:1]
+            pairs = [(a > b) + (a == b) / 2 for a in right for b in scores[len(right) :]]
+            auc[neutral] = np.mean(pairs)
+            assert found["auc"] == pytest.approx(auc[neutral])
 
     def test_rows_of_another_kind(self, run, write):
         rated = {"prompt": "p", "completion": "c", "rating": 1}

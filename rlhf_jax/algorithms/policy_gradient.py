@@ -264,14 +264,14 @@ class PolicyGradient(ABC):
         policy, reference, reward = frozen.policy(own), frozen.policy(frozen.reference), frozen.network(frozen.reward)
 
         def compared(rows: Rollout, ref_logits: Array) -> Compared:
-            at, logits, values = self.logits_and_values(policy, rows)
+            logits, at, values = self.logits_and_values(policy, rows)
             entropies = entropy(logits, temperature=c.sampling.temperature)
             exact = kl.exact(logits / c.sampling.temperature, ref_logits / c.sampling.temperature)
             spread = (self.in_rows(x, at, rows) for x in (entropies, exact))
             return Compared(self.read_logps(logits, at, rows), values, *spread)
 
         def part(rows: Rollout) -> tuple[Any, ...]:
-            at, ref_logits, _ = self.logits_and_values(reference, rows)
+            ref_logits, at, _ = self.logits_and_values(reference, rows)
             again = compared(rows, ref_logits) if recomputed else None
             return again, self.read_logps(ref_logits, at, rows), self.readings(reward, frozen, rows)
 
@@ -311,7 +311,7 @@ class PolicyGradient(ABC):
         policy = frozen.policy(state.policy.params)
 
         def part(rows: Rollout) -> tuple[Array, Array | None]:
-            at, logits, values = self.logits_and_values(policy, rows)
+            logits, at, values = self.logits_and_values(policy, rows)
             return self.read_logps(logits, at, rows), values
 
         logps, values = scoring.in_parts(c.packing, part, rollout, c.parts)
@@ -325,8 +325,10 @@ class PolicyGradient(ABC):
 
     def deviation(self, policy: TrainState, frozen: Frozen, first: Rollout) -> Float[Array, ""]:
         """How far the ratio is from 1 before the first update: on the rows of the first minibatch."""
-        at, logits, _ = self.logits_and_values(frozen.policy(policy.params), first)
-        return ratio_deviation(self.read_logps(logits, at, first), old_logps(first)[:, self.config.prompt_length :])
+        c, params = self.config, frozen.policy(policy.params)
+        read = lambda rows: self.read_logps(*self.logits_and_values(params, rows)[:2], rows)  # noqa: E731
+        logps = scoring.in_parts(c.packing, read, first, c.num_microbatches)
+        return ratio_deviation(logps, old_logps(first)[:, c.prompt_length :])
 
     def policy_update(
         self, policy: TrainState, stopped: Bool[Array, ""], batch: Any, frozen: Frozen
@@ -383,15 +385,15 @@ class PolicyGradient(ABC):
 
     def logits_and_values(
         self, params: Params, rows: Rollout
-    ) -> tuple[Reading, Float[Array, "*c v"], Float[Array, "b n"] | None]:
+    ) -> tuple[Float[Array, "*c v"], Reading, Float[Array, "b n"] | None]:
         """Logits that predict the completion's tokens, and the values before them where the parameters have a head.
 
         Prompts never reach the vocabulary.
         """
         at = self.reading(params, rows)
         values = self.in_rows(models.read_head(params, at.states), at, rows) if HEAD in params else None
-        return at, models.unembed(self.spec, params, at.states), values
+        return models.unembed(self.spec, params, at.states), at, values
 
     def completion_logits(self, params: Params, rows: Rollout) -> Float[Array, "*c v"]:
         """The logits alone."""
-        return self.logits_and_values(params, rows)[1]
+        return self.logits_and_values(params, rows)[0]

@@ -52,10 +52,16 @@ def first_moments(shaping: Shaping, context: Context) -> Moments | None:
 
 
 def with_scores(moments: Moments | None, newest: Rollout) -> tuple[Moments | None, Metrics]:
-    """The moments after an iteration's scores too, of what the policy wrote and learns from; and what they are."""
+    """The moments after the finite scores of an iteration's rollout too, and what they are.
+
+    Groups that dynamic sampling has replaced are not in it; a greedy baseline's and a reference's completions are not
+    used.
+    """
     if moments is None:
         return None, {}
-    moments = normalizer.update(moments, newest.scores, newest.used)
+    finite = jnp.isfinite(newest.scores)  # what is not, the loss sees: guard counts the step
+    used = finite if newest.used is None else finite & newest.used
+    moments = normalizer.update(moments, newest.scores, used)
     return moments, {"running_mean": moments.mean, "running_std": jnp.sqrt(moments.variance)}
 
 

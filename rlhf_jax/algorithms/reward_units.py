@@ -38,16 +38,17 @@ NormalizeOn = Literal["samples", "references"] | Source
 def check(config: "Config", data: Data) -> None:
     """Read all reference texts; raises UserError for what is wrong with them."""
     if config.normalizes and config.normalize_on != "samples":
-        read(_source(config, data), formats.example)
+        read(source(config, data), formats.example)
 
 
-def _source(config: "Config", data: Data) -> Source:
-    source = data if isinstance(config.normalize_on, str) else config.normalize_on
-    if isinstance(source, MovieReviews):
+def source(config: "Config", data: Data) -> Source:
+    """Where the references are; raises UserError where there cannot be any."""
+    rows = data if isinstance(config.normalize_on, str) else config.normalize_on
+    if isinstance(rows, MovieReviews):
         raise UserError(
             "'references' are of the experiment's rows, which are movie reviews; name a source of such texts"
         )
-    return source
+    return rows
 
 
 class Units:
@@ -62,8 +63,8 @@ class Units:
     def _rows(self) -> list[list[int]]:
         c, context = self._config, self._context
         if c.normalize_on != "samples":
-            source, encode = _source(c, context.data), encode_example(context.tokenizer)
-            found = select(source, read(source, formats.example), encode, length=c.length)
+            rows, encode = source(c, context.data), encode_example(context.tokenizer)
+            found = select(rows, read(rows, formats.example), encode, length=c.length)
             return [_answered(row) for row in comparisons.first_rows(found, c.samples)]
         if isinstance(c.pairs, SampledPairs):
             return self._data.heldout_rows

@@ -7,6 +7,7 @@ and one that is held out is not trained on.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from rlhf_jax.data import formats
@@ -117,21 +118,28 @@ def read_texts(source: Source) -> Split[Text]:
     return join(source, read(source, formats.text))
 
 
-def read_judged(source: Part) -> list[Any]:
-    """All rows of a split, of the kind of the first one: pairs, texts with scores, or completions judged one by one."""
+def read_judged(source: Part, *, neutral: bool = True) -> list[Any]:
+    """All rows of a split, of the kind of the first one: pairs, texts with scores, or completions judged one by one.
+
+    `neutral` is `formats.stepwise`'s.
+    """
     table = open_table(source)
     rows = [Fields(place, row, source.fields) for place, row in _located(table, source.split, source)]
-    parse = _kind(rows[0])
+    parse = _kind(rows[0], neutral=neutral)
     return [parse(row) for row in rows]
 
 
-def _kind(row: Fields) -> Callable[[Fields], Any]:
+def _kind(row: Fields, *, neutral: bool) -> Callable[[Fields], Any]:
     """What reads rows such as this one."""
-    pairs = (("chosen", formats.pair), (formats.SHP[0], formats.pair))
-    one_by_one = (("completions", formats.stepwise), ("rating", formats.rated), ("label", formats.thumb))
-    for name, parse in (*pairs, *one_by_one, ("text", formats.scored)):
-        if name in row and ("completion" in row or parse not in (formats.rated, formats.thumb)):
+    if "chosen" in row or formats.SHP[0] in row:
+        return formats.pair
+    if "completions" in row and ("labels" in row or "ratings" in row):
+        return partial(formats.stepwise, neutral=neutral)
+    for name, parse in (("rating", formats.rated), ("label", formats.thumb)):
+        if name in row and "completion" in row:
             return parse
+    if "text" in row:
+        return formats.scored
     raise row.error(
         "expected 'prompt', 'chosen' and 'rejected', or 'text' and 'score', or 'prompt', 'completion' and 'rating' or "
         f"'label', or 'prompt', 'completions' and 'labels'; the row has {row.names}"

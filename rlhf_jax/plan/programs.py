@@ -37,7 +37,7 @@ from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_rows import OfflineBatch
-from rlhf_jax.algorithms.policy_gradient import PolicyGradient
+from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from rlhf_jax.algorithms.prompting import Completing
 from rlhf_jax.algorithms.reference import logps_program
 from rlhf_jax.config import Experiment
@@ -128,6 +128,8 @@ def programs(experiment: Experiment, mesh: Mesh, *, spec: ModelSpec | None = Non
             raise UserError(f"stages.{name}: plan knows {known}, not {type(config).__module__.rpartition('.')[2]}")
         if isinstance(config, Completing):  # how long turns take hangs on the lengths, stop strings on the tokenizer
             config = dataclasses.replace(config, turns=None, sampling=dataclasses.replace(config.sampling, stop=()))
+        if isinstance(config, PolicyGradientConfig):  # how many parts there are, too: all padding is planned for
+            config = dataclasses.replace(config, packing=None)
         found += BUILDERS[type(config)](config, context, name)
     return found
 

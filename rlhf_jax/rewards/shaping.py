@@ -29,8 +29,9 @@ class Shaping:
     """From raw scores to those that make rewards, in the order of the fields."""
 
     normalize: Literal["none", "std", "mean_std"] = "none"
-    """By the moments of all scores so far of completions that the policy wrote, this iteration's among them: divided
-    by their standard deviation, or brought to mean 0, too (Zheng et al. 2023). The moments are a part of the state."""
+    """By the moments of the scores of all rollouts so far, this iteration's among them: divided by their standard
+    deviation, or brought to mean 0, too (Zheng et al. 2023). The moments are a part of the state. Groups that dynamic
+    sampling has replaced, a greedy baseline's completions and a reference's are not among them."""
     scale: float = 1.0
     """Multiplies the scores."""
     clip: float | None = None

@@ -28,14 +28,15 @@ _MARK = re.compile(r"####|\\boxed\s*\{")
 # bold, "answer - 5" a dash), as a letter of its own is: a variable; one that may be a unit, as in "5m", is none.
 _NEAR = 40  # characters on either side that are looked at
 _SIGN = r"(?:[-\u2212\u2013+\u00d7\u00b7\u00f7/]|\\(?:cdot|times|div)(?![A-Za-z]))"
-_STARS = r"(?:\*{1,2}|\s+\*{1,2}\s+)"
+_SPACE = r"[^\S\n]"  # a sign that begins a line is a list's, not an operator
+_STARS = rf"(?:\*{{1,2}}|{_SPACE}+\*{{1,2}}{_SPACE}+)"
 _FUNCTIONS = "sqrt|pi|frac|dfrac|tfrac|log|ln|exp|sin|cos|tan|binom|pm|mp|theta|alpha|beta|phi|infty|sum|int|prod"
 _BEFORE = re.compile(
-    rf"(?:(?:[\d)\]}}]|(?<![A-Za-z\\])[b-z])(?:\s*{_SIGN}\s*\{{?|{_STARS})|\d[:,]|[\^_]\{{?|\u221a|\u00b1"
+    rf"(?:(?:[\d)\]}}]|(?<![A-Za-z\\'\u2019])[b-z])(?:{_SPACE}*{_SIGN}{_SPACE}*\{{?|{_STARS})|\d[:,]|[\^_]\{{?|\u221a|\u00b1"
     rf"|\\(?:{_FUNCTIONS})(?![A-Za-z])\s*(?:\[[^\]]*\])?[\s{{(]*|(?<![A-Za-z])(?:sqrt|log|ln|exp|sin|cos|tan)\(|\}}\{{)\Z"
 )
 _AFTER = re.compile(
-    rf"(?:\s*{_SIGN}\s*|{_STARS})(?:\.?\d|[$(\\{{]|[b-z](?![A-Za-z]))|\s*\^(?!\{{?\\circ)|\s*\\(?:{_FUNCTIONS})(?![A-Za-z])"
+    rf"(?:{_SPACE}*{_SIGN}{_SPACE}*|{_STARS})(?:\.?\d|[$(\\{{]|(?<!/)[b-z](?![A-Za-z]))|\s*\^(?!\{{?\\circ)|\s*\\(?:{_FUNCTIONS})(?![A-Za-z])"
     r"|[abeijknqxyz](?![A-Za-z])|[\u03c0\u03b8\u221a\u00b1]|[:,]\d"
 )
 _GAP = "[ \u00a0\u2009\u202f]"  # between thousands, as "1 000" has it

@@ -41,6 +41,14 @@ def test_a_judges_pairs_are_refused_before_they_are_paid_for(learner, says):
         validate(experiment(learner), 1)
 
 
+def test_references_that_are_not_there_are_told_before_the_pairs_are_paid_for():
+    learner = reward_model.Config(pairs=FEEDBACK, normalize_on="references")
+    with pytest.raises(UserError, match=r"^stages.learner.normalize_on: 'references' are of the experiment's rows"):
+        validate(experiment(learner), 1)
+    rows = reward_model.Config(loss="k_wise", pairs=Jsonl("a.jsonl"), normalize_on=FEEDBACK)
+    assert validate(experiment(rows), 1) is None  # there its rows are no labels
+
+
 def test_the_others_take_them():
     for learner in (preference.Config(pairs=FEEDBACK), reward_model.Config(pairs=FEEDBACK)):
         assert validate(experiment(learner), 1) is None

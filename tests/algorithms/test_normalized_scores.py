@@ -12,6 +12,7 @@ from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Whole
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.policy_methods import METHODS
+from rlhf_jax.algorithms.policy_state import with_scores
 from rlhf_jax.algorithms.replay import Replay
 from rlhf_jax.algorithms.truncation import Truncation
 from rlhf_jax.checkpoint import save_params
@@ -21,12 +22,14 @@ from rlhf_jax.interop.tokenizers import train_sentencepiece
 from rlhf_jax.kl import FixedKL
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.models import ModelSpec
+from rlhf_jax.normalizer import Moments
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Disaggregated
 from rlhf_jax.report.labels import LABELS
 from rlhf_jax.rewards.shaping import EosPenalty, OverlongPenalty, Shaping
 from rlhf_jax.rewards.verifiers import PatternMatch
 from rlhf_jax.sharding import MeshConfig, single_device_mesh
+from rlhf_jax.types import Rollout
 from tests.algorithms.stopping import check_resumption
 from tests.meshes import mesh_of
 
@@ -92,6 +95,16 @@ def iterated(context, stage, config, count, scorer=None):
         inner = held.state if isinstance(held, iterations.Ahead) else held
         seen.append(jax.device_get((rollout, metrics, inner.moments)))
     return seen
+
+
+def test_scores_that_are_not_finite_are_no_part_of_the_moments():
+    """One row's would make every later iteration's so."""
+    empty = np.zeros((4, 2), bool)
+    rows = Rollout(np.zeros((4, 2), np.int32), empty, empty, scores=np.float32([1, np.nan, 3, np.inf]))
+    moments, metrics = with_scores(Moments(), rows)
+    assert (moments.count, metrics["running_mean"], metrics["running_std"]) == (2, 2, 1)
+    moments, _ = with_scores(Moments(), rows.replace(used=np.array([False, True, True, True])))
+    assert (moments.count, moments.mean) == (1, 3)
 
 
 def normalised(drawn, how, own=slice(None)):

@@ -31,6 +31,7 @@ from rlhf_jax.algorithms.consolidation import Consolidation
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.offline_ilql import Ilql
 from rlhf_jax.algorithms.offline_methods import Weighted
+from rlhf_jax.algorithms.packing import Packing
 from rlhf_jax.algorithms.policy_methods import METHODS
 from rlhf_jax.algorithms.pretraining_mix import PretrainingMix
 from rlhf_jax.algorithms.replay import Replay
@@ -189,6 +190,20 @@ def test_ppos_details_have_their_programs():
     assert learn.args[0].older.tokens.sharding.shard_shape((128, 28)) == (16, 28)
     fisher = jax.tree.leaves(learn.args[1].anchor.fisher)
     assert sum(x.size for x in fisher) == sum(x.size for x in jax.tree.leaves(learn.args[1].reference))
+
+
+def test_packing_is_planned_for_as_all_of_its_padding():
+    """A loop of as many parts as there are has no length to count."""
+    mesh, plain = sharding.make_mesh(MESHES[0]), STAGES["ppo"]
+    packed = dataclasses.replace(plain, packing=Packing(rows=1))
+    found = programs.programs(experiment(stages={**STAGES, "packed": packed}), mesh)
+    by_name = {f"{one.stage}.{one.name}": one for one in found}
+    with sharding.scope(mesh):
+        counted = [
+            flops.count(one.function.trace(*one.args).jaxpr, decode_steps=one.decode_steps).total()
+            for one in (by_name["ppo.iteration"], by_name["packed.iteration"])
+        ]
+    assert counted[0] == counted[1] > 0
 
 
 def test_online_pairs_that_a_model_of_the_run_judges():

@@ -31,6 +31,11 @@ SAID = [
     ("7-3", None),  # an expression is no number, on whichever side
     ("(5)-3", None),
     ("they sold 5*3", None),
+    ("- Cost: 10\n- 5 apples", 5),  # a list, no subtraction
+    ("Apples (3)\n- 5", 5),
+    ("total 2\n* 5", 5),
+    ("what he's - 5", 5),
+    ("she earns $60/h", 60),
     ("Total = 5*3", None),
     ("Total = 5 * 3", None),
     ("so 5 × 3", None),
