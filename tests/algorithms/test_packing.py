@@ -173,7 +173,7 @@ def scored(fields, *, own, ensemble=None, mesh=None):
     def run(rows):
         rows, metrics = learner.score(own, frozen, rows)
         if rows.values is None:
-            state = ppo.State(policy=None, average=None, critic=Critic(critic), kl=None, older=None)
+            state = ppo.State(policy=None, average=None, critic=Critic(critic), kl=None, moments=None, older=None)
             rows = learner.with_values(rows, state, frozen)
         return (rows.logps, rows.ref_logps, rows.values, rows.scores), metrics
 
