@@ -12,7 +12,6 @@ from rlhf_jax.algorithms import iterations, policy, ppo, preference, reference, 
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.iterations import behaviour
 from rlhf_jax.algorithms.onpolicy import SharedTrunk
-from rlhf_jax.algorithms.packing import Packing
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.bench.work import BOS, EOS, PAD, Work
 from rlhf_jax.checkpoint import save_params
@@ -34,7 +33,7 @@ hangs on few and small weights (`weights.ending`), which at 1e-6 are others afte
 BATCHES = 4
 """Different batches of rows that there are; steps draw from these for ever."""
 
-SHORT = {"turns": Turns(16), "packing": Packing(rows=1, length=4, completions=0.5)}
+SHORT = {"turns": Turns(16)}
 """Of an on-policy stage whose completions end long before their limit."""
 
 
