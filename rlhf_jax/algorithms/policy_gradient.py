@@ -73,8 +73,8 @@ class PolicyGradientConfig(OnPolicyConfig):
     average: float | None = None
     """Decay of a moving average of the policy's parameters over iterations, which is what the stage ends with."""
     packing: Packing | None = None
-    """Completions are laid end to end where they are scored and learnt from, in parts: faster where many are short;
-    none: as they are, a minibatch in `num_microbatches`."""
+    """Completions are laid end to end where they are scored and learnt from, in parts: fewer tokens are computed
+    where many are short, though not always in less time; none: as they are, a minibatch in `num_microbatches`."""
     exact_kl_rows: int = 32
     """Completions an iteration whose KL is also summed over the whole vocabulary."""
 
