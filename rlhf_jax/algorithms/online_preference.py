@@ -74,6 +74,8 @@ class Config(PolicyGradientConfig):
         for wrong, text in (*self._of_pairs(), *self._of_fields()):
             if wrong:
                 raise ValueError(text)
+        if self.packing is not None:
+            self.packing.check(self.prompt_length, self.completion_tokens, together=2)
 
     def _of_pairs(self) -> list[tuple[bool, str]]:
         """What may not stand together, and how it is told."""

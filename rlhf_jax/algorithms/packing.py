@@ -37,16 +37,18 @@ class Packing:
 
     def __post_init__(self) -> None:
         require("packing.rows", self.rows, "[1, inf)")
-        require("packing.length", self.length, "[2, inf)")
+        require("packing.length", self.length, "[1, inf)")
         require("packing.completions", self.completions, "(0, 1]")
 
-    def check(self, prompt_length: int, completion_tokens: int) -> None:
-        """Raise ValueError unless the longest pair of completions fits in a row."""
+    def check(self, prompt_length: int, completion_tokens: int, *, together: int = 1) -> None:
+        """Raise ValueError unless the longest completions that a step takes `together` fit in a row."""
+        if self.length < together:
+            raise ValueError(f"packing.length={self.length} must be at least {together}: pairs are laid together")
         room = int(self.completions * self.length * (prompt_length + completion_tokens))
-        if room < 2 * completion_tokens:
+        if room < together * completion_tokens:
             raise ValueError(
-                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than two "
-                f"completions of completion_tokens={completion_tokens}"
+                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than {together} of "
+                f"completion_tokens={completion_tokens}"
             )
 
 

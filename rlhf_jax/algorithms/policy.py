@@ -97,6 +97,8 @@ class Config(PolicyGradientConfig):
         for wrong, text in (*self._of_groups(), *self._of_loss(), *self._of_others()):
             if wrong:
                 raise ValueError(text)
+        if self.packing is not None and self.loss == "p3o":
+            self.packing.check(self.prompt_length, self.completion_tokens, together=2)
 
     def _of_groups(self) -> list[tuple[bool, str]]:
         """What may not stand together, and how it is told."""

@@ -148,7 +148,7 @@ def test_updates_of_policy_and_critic_are_those_of_padded_rows(shared):
         return Valued
 
     plain = of_ppo()
-    packed = of_ppo(packing=Packing(rows=2, completions=0.75))
+    packed = of_ppo(packing=Packing(rows=2, length=1 if shared else 2, completions=0.75))
     expected, found = (updated(with_values(a), c, s) for a, c, s in (plain, packed))
     same(found, expected)
     if not shared:
@@ -220,16 +220,20 @@ def test_each_shard_lays_its_own_rows():
 
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({"length": 1}, "packing.length"), ({"rows": 0}, "packing.rows"), ({"completions": 0.0}, "packing.completions")],
+    [({"length": 0}, "packing.length"), ({"rows": 0}, "packing.rows"), ({"completions": 0.0}, "packing.completions")],
 )
 def test_what_makes_no_sense_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         Packing(**fields)
 
 
-def test_a_row_must_hold_a_pair_of_the_longest_completions():
-    with pytest.raises(ValueError, match="less than two completions"):
-        of_policy("grpo", packing=Packing(completions=0.5))
+def test_a_row_must_hold_the_longest_completions_that_stay_together():
+    with pytest.raises(ValueError, match="less than 1 of completion_tokens"):
+        of_policy("grpo", packing=Packing(length=1, completions=0.3))
+    with pytest.raises(ValueError, match="less than 2 of completion_tokens"):
+        of_policy("p3o", packing=Packing(completions=0.5))
+    with pytest.raises(ValueError, match="packing.length=1 must be at least 2: pairs are laid together"):
+        of_policy("p3o", packing=Packing(length=1))
 
 
 def test_a_step_that_does_not_pack_is_not_told_to():
