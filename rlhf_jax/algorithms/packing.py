@@ -47,8 +47,8 @@ class Packing:
         room = int(self.completions * self.length * (prompt_length + completion_tokens))
         if room < together * completion_tokens:
             raise ValueError(
-                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than {together} of "
-                f"completion_tokens={completion_tokens}"
+                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than "
+                f"{together} of completion_tokens={completion_tokens}"
             )
 
 

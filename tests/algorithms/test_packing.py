@@ -232,7 +232,7 @@ def test_a_row_must_hold_the_longest_completions_that_stay_together():
         of_policy("grpo", packing=Packing(length=1, completions=0.3))
     with pytest.raises(ValueError, match="less than 2 of completion_tokens"):
         of_policy("p3o", packing=Packing(completions=0.5))
-    with pytest.raises(ValueError, match="packing.length=1 must be at least 2: pairs are laid together"):
+    with pytest.raises(ValueError, match=r"packing\.length=1 must be at least 2: pairs are laid together"):
         of_policy("p3o", packing=Packing(length=1))
 
 
