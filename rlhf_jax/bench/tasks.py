@@ -1,5 +1,6 @@
 """What a measuring process repeats: the stages' own functions, on rows of random tokens. `TASKS` has one by kind."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from rlhf_jax.algorithms import iterations, policy, ppo, preference, reference, 
 from rlhf_jax.algorithms.context import BASE, Context
 from rlhf_jax.algorithms.iterations import behaviour
 from rlhf_jax.algorithms.onpolicy import SharedTrunk
+from rlhf_jax.algorithms.packing import Packing
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
 from rlhf_jax.bench.work import BOS, EOS, PAD, Work
 from rlhf_jax.checkpoint import save_params
@@ -33,8 +35,12 @@ hangs on few and small weights (`weights.ending`), which at 1e-6 are others afte
 BATCHES = 4
 """Different batches of rows that there are; steps draw from these for ever."""
 
-SHORT = {"turns": Turns(16)}
-"""Of an on-policy stage whose completions end long before their limit."""
+
+def short(work: Work) -> dict[str, Any]:
+    """Fields of an on-policy stage whose completions end long before their limit, a quarter of it in the mean."""
+    rows = math.ceil(0.6 * work.rows / work.minibatches)  # of a minibatch, which is seldom more than that
+    packing = Packing(rows=rows, length=1, completions=work.completion / work.length)
+    return {"turns": Turns(work.rows // 4), "packing": packing}
 
 
 @dataclass
@@ -203,14 +209,16 @@ def grpo_task(work: Work, context: Context) -> Task:
 
 
 def _on_policy(work: Work) -> dict[str, Any]:
+    """Fields of both stages; log-probs are the sampler's, as TRL's are, which reads its completions no second time."""
     return {
         "policy": BASE,
         "batch_size": work.rows,
         "prompt_tokens": (work.prompt - 1, work.prompt - 1),
         "completion_tokens": work.completion,
-        "exact_kl_rows": min(32, work.rows),
+        "old_logps": "sampled",
+        "exact_kl_rows": max(1, work.rows // 16),
         "optimizer": SLOW,
-        **(SHORT if work.variant == "natural" else {}),
+        **(short(work) if work.variant == "natural" else {}),
     }
 
 
