@@ -6,7 +6,8 @@ made in turns, and what differs is made by itself. So nobody waits for who will 
 behind, at other shapes or gone changes how fast the others are and not what they compute.
 
 Replicas may have devices of their own (`Spread`): a `vmap`ped call is then one program over all of these, the replicas'
-axis split over their groups, and calls by themselves, queued one after another, run beside each other.
+axis split over their groups. Where calls are made in turns, the replicas of each group of devices are a group of their
+own here, and the groups go beside each other (`beside`), each replica in step with those of its devices alone.
 
 Outside of such a group `jit` is `jax.jit`.
 """
@@ -14,6 +15,7 @@ Outside of such a group `jit` is `jax.jit`.
 import contextlib
 import hashlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent import futures
@@ -118,7 +120,7 @@ class Replica:
     @property
     def speaks(self) -> bool:
         """Whether its progress is the one that is shown: that of the first replica which still runs."""
-        return next(iter(self.group.running)) is self
+        return next(one for group in self.group.crews for one in list(group.running)) is self
 
 
 @dataclass(eq=False)
@@ -170,6 +172,7 @@ class Group:
         With a `spread` replicas have homes there, each home some.
         """
         self.running: dict[Replica, None] = dict.fromkeys(replicas)
+        self.crews: tuple[Group, ...] = (self,)  # all that go beside each other
         self.asked: int | None = None  # the signal to stop at, the same for all that stand at a call
         self.counts: Counter[str] = Counter()  # calls by how they were made: "mapped" or "alone"
         self.signal: int | None = None
@@ -227,7 +230,7 @@ class Group:
         return call.outcome
 
     def wait_until(self, replica: Replica, condition: Callable[[], bool]) -> None:
-        """Stand aside until it holds; who makes it hold must be of the group, and running."""
+        """Stand aside until it holds; who makes it hold must be of the group or of one beside it, and running."""
         if not condition():
             self._waiting[replica] = condition
             self._give_way(replica)
@@ -241,14 +244,21 @@ class Group:
 
     def _next(self) -> None:
         """Give the turn to who can go on; where nobody can, to who makes the calls that are due."""
-        for replica in [one for one, condition in self._waiting.items() if self._at_once or condition()]:
-            del self._waiting[replica]
-            self._ready.append(replica)
+        self._wake()
+        while not self._ready and not self._arrived and self._waiting:  # all for others, of groups beside
+            time.sleep(0.05)
+            self._wake()
         if not self._ready and self._arrived:
             self.asked = self.signal
             self._ready.append(self._due()[0].replica)
         if self._ready:
             self._ready.popleft()._turn.release()
+
+    def _wake(self) -> None:
+        """Let those go on who have what they wait for."""
+        for replica in [one for one, condition in self._waiting.items() if self._at_once or condition()]:
+            del self._waiting[replica]
+            self._ready.append(replica)
 
     def _due(self) -> list[_Call]:
         """The calls at the earliest place at which anybody stands: a stage's places are in the order of first calls."""
@@ -320,6 +330,17 @@ class Group:
             text = call.program.own.lower(*call.args).as_text()
             self._identities[key] = hashlib.sha256(text.encode()).hexdigest()
         return self._identities[key]
+
+
+def beside(groups: Sequence[Group], work: Callable[[Replica], Any]) -> dict[Replica, BaseException | None]:
+    """Let all groups work, each in step within itself; what each replica's work has raised."""
+    for group in groups:
+        group.crews = tuple(groups)
+    with futures.ThreadPoolExecutor(len(groups)) as threads:
+        working = [threads.submit(group.run, work) for group in groups]
+        while futures.wait(working, timeout=0.5).not_done:
+            pass  # Python hears a signal that comes as a wait begins when the wait is over
+    return {replica: error for future in working for replica, error in future.result().items()}
 
 
 def _mapped(

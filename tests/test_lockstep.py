@@ -192,6 +192,42 @@ def test_who_waits_for_another_goes_on_when_it_is_done_or_gone():
     assert order == ["first", "second"]
 
 
+def test_groups_beside_each_other_go_at_their_own_pace_and_wait_for_each_other():
+    """Two groups of two: in each one waits for what the other group's does last, so that neither may hold its turn."""
+    done, found = {}, {}
+    works = {str(seed): training(seed, 0.1, steps=seed) for seed in (2, 3, 4, 5)}
+
+    def work(replica):
+        if replica.label in ("2", "4"):
+            other = {"2": "5", "4": "3"}[replica.label]
+            replica.group.wait_until(replica, lambda: other in done)
+        found[replica.label] = works[replica.label](replica)
+        done[replica.label] = True
+
+    pairs = [Group([Replica(a), Replica(b)], vmapped=False) for a, b in (("2", "3"), ("4", "5"))]
+    outcomes = lockstep.beside(pairs, work)
+    assert set(outcomes.values()) == {None} and len(outcomes) == 4
+    for seed, one in works.items():
+        np.testing.assert_allclose(found[seed], one(None), rtol=1e-5)
+
+
+def test_of_groups_beside_each_other_the_first_that_runs_speaks():
+    before, after = {}, {}
+
+    def work(replica):
+        if replica is first:
+            replica.group.wait_until(replica, lambda: len(before) == 2)
+        else:
+            before[replica.label] = replica.speaks
+            replica.group.wait_until(replica, lambda: first not in first.group.running)
+            after[replica.label] = replica.speaks
+
+    first, *others = (Replica(label) for label in "abc")
+    lockstep.beside([Group([first], vmapped=False), Group(others, vmapped=False)], work)
+    assert before == {"b": False, "c": False}
+    assert after == {"b": True, "c": True}  # c when b is gone
+
+
 def test_a_loop_that_ends_by_all_leaves_each_its_own():
     """The oracle is the loop of each one; the mapped loop's condition is one number, so that nothing is selected."""
 

@@ -3,9 +3,8 @@
     python experiments/methods/run.py                   # hours on two cores; the same command goes on where it stopped
     python experiments/methods/run.py --table-only      # of the figures that are there
 
-What runs is `rlhf-jax run` on sentiment.py and arithmetic.py beside this file. What a method came to under a seed is a
-line of figures.jsonl, kept with the sources: the runs may be made on several machines, a seed each, and a seed whose
-lines are all there is not run again.
+What runs is `rlhf-jax sweep` on sentiment.py and arithmetic.py beside this file, all seeds side by side. What a method
+came to under a seed is a line of figures.jsonl, kept with the sources: a task whose lines are there is not run again.
 """
 
 import itertools
@@ -109,7 +108,7 @@ class Figure(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a method came to, means over seeds; seconds are the fastest seed's."""
+    """What a method came to, means over seeds."""
 
     name: str
     before: float
@@ -127,29 +126,26 @@ class Row(NamedTuple):
         return self.after - self.before
 
 
-def main(to: Path = Path("runs/methods"), seeds: tuple[int, ...] = (0, 1, 2), table_only: bool = False) -> None:
+def main(to: Path = Path("runs/methods"), seeds: int = 3, table_only: bool = False) -> None:
     """Run what has no figures, then write the tables.
 
     Args:
-        to: The folder of the runs, a workdir for each task and seed.
-        seeds: One run of each task for each.
+        to: The folder of the runs, a sweep for each task.
+        seeds: How many, from 0.
         table_only: Run nothing.
     """
-    for seed in () if table_only else seeds:
-        for task, (methods, _) in TASKS.items():
-            there = {one.method for one in figures() if (one.task, one.seed) == (task, seed)}
-            if there >= set(methods):
-                print(f"{task}, seed {seed}: in {FIGURES.name}")
-                continue
-            to.mkdir(parents=True, exist_ok=True)
-            write_whole(to / "sums.jsonl", sums())
-            command = [sys.executable, "-m", "rlhf_jax", "run", str(HERE / f"{task}.py"), "--seed", str(seed)]
-            ended = subprocess.run([*command, "--workdir", f"{task}_{seed}"], cwd=to, check=False)
-            keep(found(to / f"{task}_{seed}", task, seed))
-            if ended.returncode:
-                sys.exit(ended.returncode)
-    for task, seed in ((task, seed) for task in TASKS for seed in seeds):  # of runs that another command has begun
-        keep(found(to / f"{task}_{seed}", task, seed))
+    for task, (methods, _) in TASKS.items():
+        there = {(one.method, one.seed) for one in figures() if one.task == task}
+        if table_only or there >= set(itertools.product(methods, range(seeds))):
+            continue
+        to.mkdir(parents=True, exist_ok=True)
+        write_whole(to / "sums.jsonl", sums())
+        command = [sys.executable, "-m", "rlhf_jax", "sweep", str(HERE / f"{task}.py"), "--seeds", str(seeds)]
+        ended = subprocess.run([*command, "--to", task], cwd=to, check=False)
+        for seed in range(seeds):
+            keep(found(to / task / f"seed={seed}", task, seed))
+        if ended.returncode:
+            sys.exit(ended.returncode)
     text = (HERE / "README.md").read_text(encoding="utf-8")
     kept = figures()
     for task, (methods, reading) in TASKS.items():
@@ -241,7 +237,7 @@ def row(name: str, seeds: list[Figure]) -> Row:
         kl=mean([one.kl for one in seeds]),
         length=mean([one.length for one in seeds]),
         distinct2=mean([one.distinct2 for one in seeds]),
-        seconds=min((one.seconds for one in seeds if one.seconds is not None), default=math.nan),
+        seconds=mean([one.seconds for one in seeds if one.seconds is not None]),
         seeds=len(seeds),
     )
 

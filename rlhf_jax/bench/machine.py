@@ -1,6 +1,5 @@
 """What the machine can do, measured beside the work: products and bytes a second; and a process's memory."""
 
-import os
 import platform
 import resource
 import statistics
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rlhf_jax import hosts
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -82,9 +83,4 @@ def processor() -> str:
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{cores()} cores of {name}"
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{hosts.cores()} cores of {name}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import hosts
 from rlhf_jax.bench.work import SIZES, Work
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import Progress
@@ -121,7 +122,7 @@ class Bench:
     def _measured(self, one: Measurement) -> dict[str, Any]:
         work = one.done
         job = self.workdir / "jobs" / f"{work.size}_{work.what.replace('/', '-')}.json"
-        write_json(job, work.job(self.workdir / "models", threads=_cores()))
+        write_json(job, work.job(self.workdir / "models", threads=hosts.cores()))
         if work.size in SIZES:
             model = self.workdir / "models" / work.weights
             if not model.exists():
@@ -182,10 +183,6 @@ def _own() -> dict[str, str]:
 def _theirs() -> dict[str, str]:
     """An environment without what is for this package's Python alone."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _digest() -> str:

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import tensorflow_datasets as tfds
 from rlhf_jax import digests
 from rlhf_jax.data.text import fitted
 
+_WRITING = threading.Lock()  # stdout is one for all runs of a sweep
 _SCORE_LIMIT = 1e-6  # a probability of exactly 0 or 1 has no logit
 
 
@@ -111,7 +113,7 @@ def write(folder: Path, splits: Mapping[str, Sequence[PreferenceGroup]]) -> None
         shutil.rmtree(folder / _NAME)  # what a killed run left, too, under a name that TFDS gives unfinished work
     builder = _Preferences(folder, splits)
     # TFDS writes progress bars of its own, and prints to stdout, which belongs to --json.
-    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+    with _WRITING, open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
         tfds.disable_progress_bar()
         builder.download_and_prepare()
     digests.seal(_dataset_folder(folder))

@@ -6,6 +6,6 @@ everything here does nothing. A file system that all hosts share is assumed.
 
 from rlhf_jax.hosts.joining import Hosts, join
 from rlhf_jax.hosts.peers import Parting
-from rlhf_jax.hosts.together import by_rows, count, fetch, from_writer, is_writer, wait
+from rlhf_jax.hosts.together import by_rows, cores, count, fetch, from_writer, is_writer, wait
 
-__all__ = ["Hosts", "Parting", "by_rows", "count", "fetch", "from_writer", "is_writer", "join", "wait"]
+__all__ = ["Hosts", "Parting", "by_rows", "cores", "count", "fetch", "from_writer", "is_writer", "join", "wait"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,11 @@ _calls = itertools.count()
 def count() -> int:
     """Processes of the run."""
     return global_state.num_processes
+
+
+def cores() -> int:
+    """Processors of this host that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_writer() -> bool:

@@ -6,6 +6,7 @@ DIR/summary.json, DIR/report.html    figures and curves over seeds
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -20,11 +21,12 @@ from typing import Any
 
 import jax
 
+from rlhf_jax import hosts
 from rlhf_jax import run as single
 from rlhf_jax.config import Experiment, differences
 from rlhf_jax.errors import NonFiniteError, Stopped, UserError
 from rlhf_jax.files import write_whole
-from rlhf_jax.lockstep import Group, Replica
+from rlhf_jax.lockstep import Group, Replica, beside
 from rlhf_jax.mesh import MeshConfig, divisors, one_of
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.records import read_json, say, write_json
@@ -49,8 +51,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Run all that is not finished yet; returns what DIR/summary.json holds.
 
-    `vmapped`: compiled calls are made for all runs at once (`jax.vmap`), or in turns, by one program that is compiled
-    once; None: at once but on CPUs, whose cores one run fills: there turns are faster.
+    `vmapped`: compiled calls are made for all runs at once (`jax.vmap`), or in turns, by programs that are compiled
+    once for each group of `mesh.replica`; None: at once but on CPUs, where turns are faster. Turns on a CPU have a
+    group for each core, where the mesh does not say otherwise.
 
     Raises UserError before anything is written where something cannot run; at the end, the figures of the others
     written, where a run has failed; Stopped after a signal.
@@ -58,11 +61,10 @@ def sweep(
     if experiment.wandb:
         raise UserError("wandb: a process sends one run at a time there; leave it False, a sweep writes files alone")
     runs = settings(experiment, seeds, varied)
-    split = _split(experiment.mesh, runs)
+    split, vmapped = _split(experiment.mesh, runs, vmapped)
     for one in {json.dumps(one.values): one for one in runs}.values():
         _checked(one, folder, split)
     _claim(folder, described(experiment, seeds, runs))
-    vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
     with single.held(folder):
         failed = _run_groups(runs, folder, command, split, vmapped=vmapped)
         summary = summarise(runs, folder)
@@ -91,18 +93,27 @@ def _run_groups(
     return failed
 
 
-def _split(mesh: MeshConfig, runs: Sequence[Setting]) -> Groups | None:
-    """The groups of devices that the runs are split over, if any; UserError where they do not divide so."""
-    devices = single.start_backend(mesh)
+def _split(mesh: MeshConfig, runs: Sequence[Setting], vmapped: bool | None) -> tuple[Groups | None, bool]:
+    """The groups of devices that the runs are split over, if any, and whether calls are made at once.
+
+    UserError where runs or devices do not divide so.
+    """
+    cores = min(hosts.cores(), max(map(len, groups(runs))))
+    spread = dataclasses.replace(mesh, replica=cores)
+    may_spread = mesh.fixed_devices == 1 and not vmapped
+    devices = single.start_backend(spread if may_spread else mesh)
+    vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
+    if may_spread and not vmapped and jax.default_backend() == "cpu" and devices == cores:
+        return Groups(spread, jax.devices()), vmapped
     if mesh.replica == 1:
-        return None
+        return None, vmapped
     for some in groups(runs):
         if len(some) % mesh.replica:
             raise UserError(
                 f"mesh.replica={mesh.replica} does not divide {len(some)}, the runs that go together (seeds × "
                 f"combinations of fractions); {one_of(divisors(len(some)))} would"
             )
-    return Groups(mesh, jax.devices()[:devices])
+    return Groups(mesh, jax.devices()[:devices]), vmapped
 
 
 def _checked(one: Setting, folder: Path, split: Groups | None) -> None:
@@ -149,7 +160,9 @@ def _run_group(
     meshes = [None] if split is None else split.meshes
     # Neighbours, of which each makes a stage that others share, are on different groups.
     replicas = {Replica(one.label, number % len(meshes)): one for number, one in enumerate(runs)}
-    group = Group(list(replicas), vmapped=vmapped, spread=split)
+    # In turns each group of devices goes at its own pace.
+    parts = [list(replicas)[home :: len(meshes)] for home in range(1 if vmapped else len(meshes))]
+    crews = [Group(list(replicas) if vmapped else part, vmapped=vmapped, spread=split) for part in parts]
     by_label = {replica.label: replica for replica in replicas}
 
     def work(replica: Replica) -> None:
@@ -159,7 +172,7 @@ def _run_group(
             replica.enter(list(one.experiment.stages).index(stage))
             owner = owners[one.share(stage)]
             if owner is not one:
-                _share(group, replica, by_label.get(owner.label), folder / owner.label, folder / one.label, stage)
+                _share(replica, by_label.get(owner.label), folder / owner.label, folder / one.label, stage)
 
         try:
             began = time.monotonic()
@@ -171,28 +184,31 @@ def _run_group(
             say(f"{error}; the other runs go on")
             raise
 
-    with _signals(group):
-        outcomes = group.run(work)
+    with _signals(crews):
+        outcomes = beside(crews, work)
     if vmapped:
+        (group,) = crews
         say(f"{folder}: of {group.counts.total()} compiled calls {group.counts['mapped']} were made at once")
     failed = {replica.label: error for replica, error in outcomes.items() if error is not None}
     for error in failed.values():
         if not isinstance(error, UserError | KeyboardInterrupt):
             raise error
-    if group.signal is not None:
-        raise Stopped(f"{folder}: stopped; the same command goes on from what is saved", group.signal)
+    signaled = crews[0].signal
+    if signaled is not None:
+        raise Stopped(f"{folder}: stopped; the same command goes on from what is saved", signaled)
     return failed
 
 
-def _share(group: Group, replica: Replica, owner: Replica | None, source: Path, workdir: Path, stage: str) -> None:
+def _share(replica: Replica, owner: Replica | None, source: Path, workdir: Path, stage: str) -> None:
     """Wait for a stage of another run that is the same in this one, and take what it has written."""
     if (workdir / stage / _LINKED).exists():
         return
     if owner is not None:
-        group.wait_until(replica, lambda: (source / stage / _LINKED).exists() or owner not in group.running)
+        done = source / stage / _LINKED
+        replica.group.wait_until(replica, lambda: done.exists() or owner not in owner.group.running)
     if not (source / stage / _LINKED).exists():
-        if group.signal is not None:
-            raise Stopped(f"{stage}: stopped before it", group.signal)
+        if replica.group.signal is not None:
+            raise Stopped(f"{stage}: stopped before it", replica.group.signal)
         raise UserError(f"{stage}: it is that of {source.name}, which did not finish it")
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     rows = [row for row in rows if row["stage"] != stage]
@@ -221,13 +237,14 @@ def _link(source: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals(group: Group) -> Iterator[None]:
+def _signals(groups: Sequence[Group]) -> Iterator[None]:
     """Let SIGINT and SIGTERM stop all after the step that they are in; a second one at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
         print("stopping after this step (again to stop at once)", file=sys.stderr, flush=True)
-        group.stop(number)
+        for group in groups:
+            group.stop(number)
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():
