@@ -163,8 +163,15 @@ def figures() -> list[Figure]:
 
 
 def keep(new: list[Figure]) -> None:
-    """Put figures in the file, each in the place of an older one of its method and seed."""
-    lines = {(one.task, one.method, one.seed): one for one in [*figures(), *new]}
+    """Put figures in the file, each in the place of an older one of its method and seed.
+
+    Where a later session of the same sources has read again what an earlier one had made and timed, the older stays.
+    """
+    lines = {(one.task, one.method, one.seed): one for one in figures()}
+    for one in new:
+        old = lines.get((one.task, one.method, one.seed))
+        if one.seconds is not None or old is None or old.commit != one.commit:
+            lines[one.task, one.method, one.seed] = one
     write_whole(FIGURES, "".join(json.dumps(lines[key]._asdict()) + "\n" for key in sorted(lines)))
 
 
