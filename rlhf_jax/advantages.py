@@ -81,13 +81,14 @@ def require_group(scores: ArrayLike, *, more_than: int) -> int:
 
 @typed
 def group_centered(scores: Float[ArrayLike, "*b k"]) -> Float[Array, "*b k"]:
-    """Scores minus their mean over a prompt's completions. Liu et al. 2025 (Dr. GRPO), section 3.2.
+    """Scores minus their mean over a prompt's completions, 0 where all are equal. Liu et al. 2025 (Dr. GRPO), §3.2.
 
     >>> group_centered(jnp.array([1.0, 2.0, 6.0]))
     Array([-2., -1.,  3.], dtype=float32)
     """
     scores = as_float(scores)
-    return scores - scores.mean(-1, keepdims=True)
+    equal = scores.max(-1, keepdims=True) == scores.min(-1, keepdims=True)  # whose mean may be rounded
+    return jnp.where(equal, 0, scores - scores.mean(-1, keepdims=True))
 
 
 @typed

@@ -120,6 +120,7 @@ class PreferenceBatch:
     margins: Float[ArrayLike, "b p"]
     ref_logps: Float[ArrayLike, "b k"] = flax.struct.field(default=None)  # of whole completions under a reference
     probabilities: Float[ArrayLike, "b p"] | None = flax.struct.field(default=None)  # of the winners; None: all 1
+    longest: int | None = flax.struct.field(pytree_node=False, default=None)  # tokens of a completion; None: any number
 
 
 @flax.struct.dataclass
@@ -131,6 +132,7 @@ class ThumbBatch:
     completion_mask: Bool[ArrayLike, "b k t"]
     desirable: Bool[ArrayLike, " b"]
     ref_logps: Float[ArrayLike, "b k"]  # of whole completions under a reference; 0 where none was read
+    longest: int | None = flax.struct.field(pytree_node=False, default=None)  # tokens of a completion; None: any number
 
 
 @flax.struct.dataclass

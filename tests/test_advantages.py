@@ -165,6 +165,15 @@ def test_equal_scores_have_a_finite_gradient():
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("k", [3, 7, 8, 16])
+def test_equal_scores_have_no_advantage_though_their_mean_is_rounded(k):
+    for score in (0.1, 333.3, 12345.6):
+        scores = jnp.full(k, score)
+        for made in (group_centered, group_normalized, leave_one_out, jax.jit(group_normalized)):
+            assert not made(scores).any(), (made, score)
+    assert np.isnan(group_centered(jnp.full(k, jnp.nan))).all()
+
+
 def test_a_group_of_one_has_no_baseline():
     one = np.ones((3, 1), np.float32)
     for baseline in (group_normalized, leave_one_out):

@@ -20,7 +20,7 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils import flop_counter  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback  # noqa: E402
 
 PAD, BOS, EOS = JOB["ends"]
@@ -30,11 +30,20 @@ GPU = torch.cuda.is_available()
 HALF = JOB["precision"] == "bfloat16"
 
 
+KNOWN, ATEN = flop_counter.flop_registry, torch.ops.aten
+KNOWN[ATEN._scaled_dot_product_flash_attention_for_cpu] = KNOWN[ATEN._scaled_dot_product_flash_attention]
+KNOWN[ATEN._scaled_dot_product_flash_attention_for_cpu_backward] = KNOWN[
+    ATEN._scaled_dot_product_flash_attention_backward
+]
+"""A CPU's attention is unknown to PyTorch's counter alone."""
+
+
 class Watch(TrainerCallback):
     """A clock of a trainer's steps, which counts the first one's FLOPs."""
 
     def __init__(self):
-        self.clock, self.counter, self.flops = Clock(), FlopCounterMode(display=False), 0
+        self.clock, self.flops = Clock(), 0
+        self.counter = flop_counter.FlopCounterMode(display=False)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Count from here."""

@@ -8,7 +8,7 @@ with the judge's probability. The stage makes rows (prompt, chosen, rejected, pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -102,9 +102,9 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     complete, judge = _completions(config, context, name), pair_judges.of(config.judge, context, name)
 
     def judged(number: int, batch: Sequence[tuple[PromptRow, str]]) -> made_rows.Rows:
-        texts = complete(number, [row for row, _ in batch])
-        pairs = zip(batch, texts[::2], texts[1::2], strict=True)
-        return _judged(config, judge, [(row, principle, a, b) for (row, principle), a, b in pairs])
+        written = complete(number, [row for row, _ in batch])
+        pairs = zip(batch, written[::2], written[1::2], strict=True)
+        return _judged(judge, [(row, principle, a, b) for (row, principle), a, b in pairs])
 
     items = list(zip(rows, drawn, strict=True))
     made = made_rows.in_batches(context, name, items, judged, batch_size=config.batch_size // 2)
@@ -124,7 +124,14 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
 _READINGS = ("as_a", "as_b", "unread", "cut", "asked")
 
 
-def _completions(config: Config, context: Context, name: str) -> Callable[[int, Sequence[PromptRow]], list[str]]:
+class Written(NamedTuple):
+    """A completion: its text, and the ids that were written, with EOS where it was."""
+
+    text: str
+    ids: list[int]
+
+
+def _completions(config: Config, context: Context, name: str) -> Callable[[int, Sequence[PromptRow]], list[Written]]:
     """Of a batch, by its number: two completions a prompt, side by side."""
     sampler = Sampler(
         context.spec,
@@ -137,24 +144,25 @@ def _completions(config: Config, context: Context, name: str) -> Callable[[int, 
     )
     params, key = context.policy(config.policy), context.key(f"{name}/completions")
 
-    def complete(number: int, rows: Sequence[PromptRow]) -> list[str]:
+    def complete(number: int, rows: Sequence[PromptRow]) -> list[Written]:
         prompts = [list(row.tokens) for row in rows for _ in range(2)]
         samples = sampler(params, prompts, jax.random.fold_in(key, number))
-        return [context.tokenizer.decode(sample.tokens) for sample in samples]
+        return [Written(context.tokenizer.decode(sample.tokens), sample.tokens) for sample in samples]
 
     return complete
 
 
-def _judged(config: Config, judge: Ask, pairs: Sequence[tuple[PromptRow, str, str, str]]) -> made_rows.Rows:
+def _judged(judge: Ask, pairs: Sequence[tuple[PromptRow, str, Written, Written]]) -> made_rows.Rows:
     """A row a pair, the better completion chosen."""
-    asked = [Pair(principle, row.text, a, b) for row, principle, a, b in pairs]
+    asked = [Pair(principle, row.text, a.text, b.text) for row, principle, a, b in pairs]
     rows = []
     for (row, principle, a, b), verdict in zip(pairs, verdicts(judge, asked), strict=True):
         p = verdict.probability
         chosen, rejected = (a, b) if p >= 0.5 else (b, a)
+        ids = {"prompt_tokens": list(row.tokens), "chosen_tokens": chosen.ids, "rejected_tokens": rejected.ids}
         rows.append(
-            made_rows.conversation(row, {"chosen": chosen, "rejected": rejected})
-            | {"probability": max(p, 1 - p), "principle": principle, **vars(verdict)}
+            made_rows.conversation(row, {"chosen": chosen.text, "rejected": rejected.text})
+            | {"probability": max(p, 1 - p), "principle": principle, **vars(verdict), **ids}
         )
     return rows
 

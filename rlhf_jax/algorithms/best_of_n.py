@@ -83,10 +83,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
 
 
 def sampled(config: Config, context: Context, name: str, prompts: Sequence[PromptRow]) -> list[made_rows.Rows]:
-    """The n completions of each prompt as rows with their scores; NonFiniteError for one that is not finite.
-
-    Rows hold the ids that were read and written: those of the texts may be others, and have an EOS too many.
-    """
+    """The n completions of each prompt as rows with their scores; NonFiniteError for one that is not finite."""
     drawing = Drawing(
         config.prompt_length,
         config.completion_tokens,
@@ -104,16 +101,11 @@ def sampled(config: Config, context: Context, name: str, prompts: Sequence[Promp
             broken = [row for row in written if not math.isfinite(row.readings["score"])]
             if broken:
                 raise NonFiniteError(f"{name}: a score is {broken[0].readings['score']}: {broken[0].completion[:80]!r}")
-            return [_row(prompt, row) for prompt, row in zip(repeated, written, strict=True)]
+            return [made_rows.written(prompt, row) for prompt, row in zip(repeated, written, strict=True)]
 
         at_once = max(1, config.batch_size // config.n)
         rows = made_rows.in_batches(context, name, prompts, made, batch_size=at_once)
     return [rows[start : start + config.n] for start in range(0, len(rows), config.n)]
-
-
-def _row(prompt: PromptRow, row: Row) -> dict[str, Any]:
-    ids = {"prompt_tokens": list(prompt.tokens), "completion_tokens": list(row.tokens), "ended": row.ended}
-    return {"prompt": row.prompt, "completion": row.completion, "score": row.readings["score"], **ids}
 
 
 def kept(config: Config, groups: Sequence[made_rows.Rows], name: str) -> made_rows.Rows:

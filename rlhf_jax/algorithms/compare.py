@@ -67,7 +67,7 @@ def train(config: Config, context: Context, name: str) -> dict[str, Any]:
         raise NonFiniteError(f"{name}: a score is {broken[0].readings['score']}: {broken[0].completion[:80]!r}")
     if hosts.is_writer():
         write_samples(context.stage_dir(name) / "samples.jsonl", before, after, step=1)
-    rows = [{"prompt": row.prompt, "completion": row.completion, "score": row.readings["score"]} for row in after]
+    rows = [made_rows.written(prompt, row) for prompt, row in zip(prompts.heldout, after, strict=True)]
     made_rows.write(context, name, rows)
     counts = {} if config.data is None else prompts.counts.figures()
     return {**compare(before, after), **counts}

@@ -8,7 +8,7 @@ times, each by another draw. The stage makes rows (prompt, completion: the last 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -81,13 +81,21 @@ class Config(Prompting):
         return {"batch_size": self.batch_size}
 
 
+class Said(NamedTuple):
+    """What a model said: the text, what it had read, and what it wrote, with EOS where it was written."""
+
+    text: str
+    read: list[int]
+    ids: list[int]
+
+
 @dataclass(frozen=True)
 class Revised:
     """A prompt's conversation on its way."""
 
     row: PromptRow
     principles: Sequence[Principle]
-    answers: list[str]
+    answers: list[Said]
     critiques: list[str]
 
     @property
@@ -98,7 +106,7 @@ class Revised:
     def before_critique(self, number: int) -> Messages:
         """The prompt, the newest answer, and what asks for its critique."""
         asked = {"role": "user", "content": self.principles[number].critique}
-        return (*self.prompt, {"role": "assistant", "content": self.answers[-1]}, asked)
+        return (*self.prompt, {"role": "assistant", "content": self.answers[-1].text}, asked)
 
     def before_revision(self, number: int) -> Messages:
         """The same with the critique, and what asks for the revision."""
@@ -106,11 +114,16 @@ class Revised:
         return (*self.before_critique(number), {"role": "assistant", "content": self.critiques[-1]}, asked)
 
     def to_row(self) -> dict[str, Any]:
-        """The prompt with its last revision, and how it came to it."""
+        """The prompt with its last revision, and how it came to it.
+
+        Its ids are those that were read with the prompt, and written: a revision that was cut short has no EOS.
+        """
         asked = dataclasses.replace(self.row, messages=self.prompt)
-        row = made_rows.conversation(asked, {"completion": self.answers[-1]})
+        row = made_rows.conversation(asked, {"completion": self.answers[-1].text})
+        ids = {"prompt_tokens": self.answers[0].read, "completion_tokens": self.answers[-1].ids}
         used = [principle.critique for principle in self.principles]
-        return row | {"answers": self.answers[:-1], "critiques": self.critiques, "principles": used}
+        before = [answer.text for answer in self.answers[:-1]]
+        return row | ids | {"answers": before, "critiques": self.critiques, "principles": used}
 
 
 class Speaker:
@@ -131,16 +144,16 @@ class Speaker:
             for what, tokens in (("answer", config.answer_tokens), ("critique", config.critique_tokens))
         }
 
-    def __call__(self, what: str, conversations: Sequence[Messages], key: Key) -> list[str | None]:
+    def __call__(self, what: str, conversations: Sequence[Messages], key: Key) -> list[Said | None]:
         """What is said next in each; None where a conversation is too long."""
         rows = [encode(self._tokenizer, messages) for messages in conversations]
         fitting = [i for i, row in enumerate(rows) if len(row) <= self._length]
-        said: list[str | None] = [None] * len(rows)
+        said: list[Said | None] = [None] * len(rows)
         if fitting:
             for i, one in zip(
                 fitting, self._samplers[what](self._params, [rows[i] for i in fitting], key), strict=True
             ):
-                said[i] = self._tokenizer.decode(one.tokens).strip()
+                said[i] = Said(self._tokenizer.decode(one.tokens).strip(), rows[i], one.tokens)
         return said
 
 
@@ -184,18 +197,18 @@ def revise(own: Sequence[Revised], speaker: Speaker, rounds: int, key: Key) -> l
     for number in range(rounds):
         keys = [jax.random.fold_in(key, 1 + 2 * number + i) for i in range(2)]
         said = speaker("critique", [one.before_critique(number) for one in own], keys[0])
-        own = [dataclasses.replace(one, critiques=[*one.critiques, text]) for one, text in _paired(own, said)]
+        own = [dataclasses.replace(one, critiques=[*one.critiques, new.text]) for one, new in _paired(own, said)]
         own = _answered(own, speaker("answer", [one.before_revision(number) for one in own], keys[1]))
     return own
 
 
-def _answered(own: Sequence[Revised], said: Sequence[str | None]) -> list[Revised]:
-    return [dataclasses.replace(one, answers=[*one.answers, text]) for one, text in _paired(own, said)]
+def _answered(own: Sequence[Revised], said: Sequence[Said | None]) -> list[Revised]:
+    return [dataclasses.replace(one, answers=[*one.answers, new]) for one, new in _paired(own, said)]
 
 
-def _paired(own: Sequence[Revised], said: Sequence[str | None]) -> list[tuple[Revised, str]]:
+def _paired(own: Sequence[Revised], said: Sequence[Said | None]) -> list[tuple[Revised, Said]]:
     """Those in which something was said, with it."""
-    return [(one, text) for one, text in zip(own, said, strict=True) if text]
+    return [(one, new) for one, new in zip(own, said, strict=True) if new is not None and new.text]
 
 
 def _ends(rows: made_rows.Rows) -> tuple[list[str], list[str]]:

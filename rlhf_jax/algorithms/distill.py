@@ -204,7 +204,7 @@ def fit(
                 "length": rollout.completion_mask.sum(-1).mean(dtype=jnp.float32),
                 "no_eos": jnp.mean(~ended(rollout, tokenizer.eos_id), dtype=jnp.float32),
             }
-            loop.record(state, metrics, tokens=int(rollout.completion_mask.sum()))
+            loop.record(state, metrics, tokens=rollout.completion_mask.sum())
     finish(context, name, state.params)
     return state
 

@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 import jax
+from jaxtyping import Array
 
 from rlhf_jax import checkpoint, hosts, lockstep, sharding
 from rlhf_jax.algorithms.context import Context
@@ -54,10 +55,10 @@ class Loop:
         self._first = self._checkpoints.latest_step() or 0
         self._step = self._first
         self._cursor: Cursor | None = None
-        self._pending: tuple[int, Metrics, float] | None = None
+        self._pending: tuple[int, Metrics, list[tuple[float, int | Array]]] | None = None
         self._signal: int | None = None
         self._told: jax.Array | None = None
-        self._times: deque[tuple[float, int]] = deque(maxlen=11)
+        self._times: deque[tuple[float, int | Array]] = deque(maxlen=11)
 
     def __enter__(self) -> Self:
         self._writer = None
@@ -108,8 +109,8 @@ class Loop:
             yield self._step
         self._flush()
 
-    def record(self, state: Any, metrics: Metrics, *, tokens: int) -> None:
-        """End a step: log the one before it, and save where a checkpoint is due.
+    def record(self, state: Any, metrics: Metrics, *, tokens: int | Array) -> None:
+        """End a step: log the one before it, and save where a checkpoint is due; what is on a device is read then.
 
         Raises NonFiniteError, before anything is saved, where a metric is not finite and no update was left out for it,
         or where too many were; Stopped after a signal; UserError where the disk had no room for a checkpoint.
@@ -118,8 +119,7 @@ class Loop:
         self._checkpoints.check()
         # Over several steps: the host runs ahead of the device, by as much as a step, and falls back at an evaluation.
         self._times.append((time.monotonic(), tokens))
-        seconds = self._times[-1][0] - self._times[0][0]
-        self._pending = (self._step, metrics, sum(n for _, n in list(self._times)[1:]) / max(seconds, 1e-9))
+        self._pending = (self._step, metrics, list(self._times))
         last, stop = self._step == self.steps, self._asked()
         if last or self._step % self._every == 0 or stop is not None:
             self._flush()
@@ -141,8 +141,9 @@ class Loop:
     def _flush(self) -> None:
         if self._pending is None:
             return
-        step, metrics, rate = self._pending
+        step, metrics, ((began, _), *steps) = self._pending
         self._pending = None
+        rate = sum(int(tokens) for _, tokens in steps) / max(steps[-1][0] - began, 1e-9)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         in_row, given_up = int(values.pop("skipped_in_row", 0)), values.pop("given_up", 0) > 0
         broken = [name for name, value in values.items() if not math.isfinite(value)]

@@ -17,6 +17,7 @@ from rlhf_jax import digests, hosts
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.sources import FromStage, Jsonl, Mixture
+from rlhf_jax.evals.policy import Row
 from rlhf_jax.files import sync_folder, write_whole
 from rlhf_jax.metrics import Progress
 
@@ -31,12 +32,12 @@ Rows = list[dict[str, Any]]
 
 
 def named_stages(config: Any) -> dict[str, str]:
-    """By field of a stage's config, the earlier stage whose rows it names."""
-    found = {}
+    """By field of a stage's config, a mixture's parts each by its own, the earlier stage whose rows it names."""
+    sources: dict[str, Any] = {}
     for name, value in vars(config).items():
-        parts = value.parts if isinstance(value, Mixture) else (value,)
-        found |= {f"{name}.stage": part.stage for part in parts if isinstance(part, FromStage)}
-    return found
+        parts = value.parts if isinstance(value, Mixture) else ()
+        sources |= {name: value} | {f"{name}.parts[{i}]": part for i, part in enumerate(parts)}
+    return {f"{where}.stage": source.stage for where, source in sources.items() if isinstance(source, FromStage)}
 
 
 def resolved(config: Any, workdir: Path) -> Any:
@@ -97,6 +98,15 @@ def conversation(row: PromptRow, completions: Mapping[str, str]) -> dict[str, An
         return {"prompt": row.text, **completions}
     said = {name: [{"role": "assistant", "content": text}] for name, text in completions.items()}
     return {"prompt": [dict(message) for message in row.messages], **said}
+
+
+def written(prompt: PromptRow, row: Row) -> dict[str, Any]:
+    """A row of what a policy wrote, with its score, and with the ids that were read and written.
+
+    Those of the texts may be others, and have an EOS too many.
+    """
+    ids = {"prompt_tokens": list(prompt.tokens), "completion_tokens": list(row.tokens), "ended": row.ended}
+    return {"prompt": row.prompt, "completion": row.completion, "score": row.readings["score"], **ids}
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

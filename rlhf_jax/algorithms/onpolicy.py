@@ -323,7 +323,7 @@ def fit(
             if scorer is not None:
                 metrics |= scorer.metrics()
             metrics["learning_rate"] = config.optimizer.learning_rate * share(held.policy.step)
-            loop.record(held, metrics, tokens=int(rollout.completion_mask.sum()))
+            loop.record(held, metrics, tokens=rollout.completion_mask.sum())
     finish(context, name, held.final)
     return held
 

@@ -40,11 +40,15 @@ class Packing:
         require("packing.length", self.length, "[1, inf)")
         require("packing.completions", self.completions, "(0, 1]")
 
+    def room(self, width: int) -> int:
+        """Tokens of completions in a longer row of so many tokens."""
+        return int(self.completions * width + 1e-6)  # 0.7 · 30 is below 21
+
     def check(self, prompt_length: int, completion_tokens: int, *, together: int = 1) -> None:
         """Raise ValueError unless the longest completions that a step takes `together` fit in a row."""
         if self.length < together:
             raise ValueError(f"packing.length={self.length} must be at least {together}: pairs are laid together")
-        room = int(self.completions * self.length * (prompt_length + completion_tokens))
+        room = self.room(self.length * (prompt_length + completion_tokens))
         if room < together * completion_tokens:
             raise ValueError(
                 f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than "
@@ -119,7 +123,7 @@ def _laid(
     packing: Packing, sizes: Int[Array, " u"], completions: Int[Array, " u"], *, width: int
 ) -> tuple[Int[Array, " u"], Int[Array, " u"], Int[Array, ""]]:
     """Of each unit its bin and where it begins there, and how many bins are used: first fit, the longest first."""
-    room = jnp.full(len(sizes), width), jnp.full(len(sizes), int(packing.completions * width))
+    room = jnp.full(len(sizes), width), jnp.full(len(sizes), packing.room(width))
     order = jnp.argsort(-sizes)
 
     def lay(free: tuple[Array, Array], unit: Array) -> Any:
@@ -142,7 +146,7 @@ def read(packing: Packing | None, spec: ModelSpec, params: Params, batch: Rollou
     states, mask, routing = _states(packing, spec, params, batch)
     shards, size = states.shape[:2]
     places, tokens, learnt = (x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask))
-    kept = int(packing.completions * size)
+    kept = packing.rows * packing.room(packing.length * t)
     where = jax.vmap(lambda x: jnp.nonzero(x, size=kept, fill_value=b // shards * t)[0])(learnt)
     at = jnp.minimum(where, b // shards * t - 1)
     before = _of_each(places, at) - 1

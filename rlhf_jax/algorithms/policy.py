@@ -239,8 +239,14 @@ class Config(PolicyGradientConfig):
             ("reward", "k2"): "k2 in the reward is not KL(policy‖reference) in its mean: biased",
             ("reward", "k3"): "k3 in the reward has the mean of KL(policy‖reference), but not its gradient: biased",
         }
-        at = (self.kl_in, self.kl_estimator)
-        return super().notes() + [text for where, text in biased.items() if where == at and self.kl.coef > 0]
+        at, steps = (self.kl_in, self.kl_estimator), self.epochs * self.minibatches
+        notes = [text for where, text in biased.items() if where == at and self.kl.coef > 0]
+        if self.loss == "reinforce" and steps > 1:
+            notes.append(
+                f"loss='reinforce' has no ratio, and of {steps} steps an iteration (epochs × minibatches) all but the "
+                f"first are by completions of a policy before theirs: biased"
+            )
+        return super().notes() + notes
 
 
 class Algorithm(CriticFree):
@@ -333,7 +339,9 @@ class Algorithm(CriticFree):
             low, high = (None if vars(c)[name] is None else hyper[name] for name in ("clip_eps", "clip_eps_high"))
             loss, clipped = LOSSES[c.loss](taken, low, high)
             if c.max_weight is not None and c.loss in OF_COMPLETIONS:
-                loss *= importance.sequence_weights(old, batch.logps[:, window], mask, high=c.max_weight)[:, None]
+                whole = (x.reshape(-1, self.together * x.shape[1]) for x in (old, batch.logps[:, window], mask))
+                weights = importance.sequence_weights(*whole, high=c.max_weight)  # of what has one ratio
+                loss *= jnp.repeat(weights, self.together)[:, None]
             elif c.max_weight is not None:
                 loss *= importance.token_weights(old, batch.logps[:, window], high=c.max_weight)
             if c.kl_in == "loss":

@@ -278,9 +278,8 @@ class PolicyGradient(ABC):
         read, ref_logps, readings = scoring.in_parts(c.packing, part, rollout, c.parts)
         if read is None:
             some = jax.tree.map(lambda x: x[: c.exact_kl_rows], rollout)
-            read = in_parts(
-                lambda rows: compared(rows, self.completion_logits(reference, rows)), some, c.parts_read_again
-            )
+            again = lambda rows: compared(rows, self.logits_and_values(reference, rows)[0])  # noqa: E731
+            read = in_parts(again, some, c.parts_read_again)
         sampled_logps, scores = rollout.logps, readings.pop("score")
         if recomputed:
             rollout = self.with_own_values(rollout.replace(logps=self.padded(read.logps)), read.values)
@@ -324,10 +323,13 @@ class PolicyGradient(ABC):
         return minibatch_rows(key, rows=c.batch_size, epochs=c.epochs, minibatches=c.minibatches, together=together)
 
     def deviation(self, policy: TrainState, frozen: Frozen, first: Rollout) -> Float[Array, ""]:
-        """How far the ratio is from 1 before the first update: on the rows of the first minibatch."""
+        """How far the ratio is from 1 before the first update: on its rows, or on as few of them as are read again."""
         c, params = self.config, frozen.policy(policy.params)
+        few = c.old_logps == "sampled" and c.exact_kl_rows < len(first.tokens)
+        rows, parts = (c.exact_kl_rows, c.parts_read_again) if few else (None, c.num_microbatches)
+        first = jax.tree.map(lambda x: x[:rows], first)
         read = lambda rows: self.read_logps(*self.logits_and_values(params, rows)[:2], rows)  # noqa: E731
-        logps = scoring.in_parts(c.packing, read, first, c.num_microbatches)
+        logps = scoring.in_parts(c.packing, read, first, parts)
         return ratio_deviation(logps, old_logps(first)[:, c.prompt_length :])
 
     def policy_update(
@@ -393,7 +395,3 @@ class PolicyGradient(ABC):
         at = self.reading(params, rows)
         values = self.in_rows(models.read_head(params, at.states), at, rows) if HEAD in params else None
         return models.unembed(self.spec, params, at.states), at, values
-
-    def completion_logits(self, params: Params, rows: Rollout) -> Float[Array, "*c v"]:
-        """The logits alone."""
-        return self.logits_and_values(params, rows)[0]

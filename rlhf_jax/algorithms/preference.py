@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import flax.struct
@@ -30,7 +31,7 @@ from rlhf_jax.algorithms.preference_objectives import beside, number, pair_loss,
 from rlhf_jax.algorithms.prompting import heldout_openings, prompts_of
 from rlhf_jax.algorithms.reference import CompletionLogps, Sync, completion_logps, with_reference
 from rlhf_jax.algorithms.thumbs import Thumbs
-from rlhf_jax.data.preference_batches import batch_groups, batch_thumbs, batches
+from rlhf_jax.data.preference_batches import batch_groups, batch_thumbs, batches, longest_completion
 from rlhf_jax.data.sources import Data, Source
 from rlhf_jax.errors import UserError
 from rlhf_jax.evals.policy import compare, write_samples
@@ -216,7 +217,13 @@ def _copied(leaf: Any) -> Any:
 def train(config: Config, context: Context, name: str) -> dict[str, Any]:
     """Make or read the judgements, read the reference's log-probs, train; the figures are for summary.json."""
     data = _judgements(config, context, name)
-    layout = {"pad_id": context.tokenizer.pad_id, "completions": data.completions, "length": config.length}
+    layout: dict[str, Any] = {
+        "pad_id": context.tokenizer.pad_id,
+        "completions": data.completions,
+        "length": config.length,
+    }
+    if context.mesh.shape["sequence"] == 1:  # else a row's columns are on several devices
+        layout["longest"] = longest_completion(chain(data.train, data.heldout), length=config.length)
     # Several annotators may have judged the same two completions.
     compared = isinstance(data, Comparisons)
     judged = partial(batch_groups, pairs=data.pairs, soft=data.soft) if compared else batch_thumbs

@@ -54,6 +54,7 @@ def of_pairs(
     often the chosen one is ahead.
     """
     pairs = [(group, index, pair) for index, group in enumerate(groups) for pair in group.pairs]
+    prompts = {tokens: index for index, tokens in enumerate(dict.fromkeys(group.prompt_tokens for group in groups))}
     chosen, rejected = (
         Side(
             np.asarray([logps[index][pair[place]] for _, index, pair in pairs], np.float32),
@@ -72,7 +73,7 @@ def of_pairs(
     figures = {"loss": loss, **{name: diagnostics[name] for name in ("accuracy", "margin") if name in diagnostics}}
     longer = (1 + np.sign(chosen.tokens - rejected.tokens)) / 2
     return HeldOut(
-        [index for _, index, _ in pairs],
+        [prompts[group.prompt_tokens] for group, _, _ in pairs],
         {name: mean_of(np.asarray(x)) for name, x in figures.items()},
         ("accuracy", mean_of(longer)),
     )

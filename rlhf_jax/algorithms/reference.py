@@ -21,7 +21,7 @@ from rlhf_jax import digests, hosts, lockstep, models, sharding
 from rlhf_jax.algorithms.context import check_positive
 from rlhf_jax.data.pipeline import by_part
 from rlhf_jax.data.preference_batches import Completed
-from rlhf_jax.logprobs import next_token_logps, sequence_logps
+from rlhf_jax.logprobs import next_token_logps, sequence_logps, token_logps
 from rlhf_jax.metrics import Progress
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.experts import Routing
@@ -51,12 +51,23 @@ class Sync:
 def completion_logps(
     spec: ModelSpec, params: Params, batch: PreferenceBatch | ThumbBatch
 ) -> tuple[Float[Array, "b k"], Routing | None, Bool[Array, "r t"]]:
-    """Log π of whole completions; what the routers of experts did, and the mask that they saw, a row a completion."""
+    """Log π of whole completions; what the routers of experts did, and the mask that they saw, a row a completion.
+
+    Where the batch says how long completions are at most, so many columns of each row reach the vocabulary: a
+    completion's own, wherever its prompt ends.
+    """
     b, k, t = batch.tokens.shape
     tokens, mask, counted = (jnp.reshape(x, (b * k, t)) for x in (batch.tokens, batch.mask, batch.completion_mask))
     states, routing = models.hidden_and_routing(spec, params, tokens, mask)
-    logps = next_token_logps(models.unembed(spec, params, states), tokens)
-    return sequence_logps(logps, counted).reshape(b, k), routing, mask
+    if batch.longest is None:
+        logps = next_token_logps(models.unembed(spec, params, states), tokens)
+        return sequence_logps(logps, counted).reshape(b, k), routing, mask
+    columns = jnp.argmax(counted, axis=1)[:, None] + jnp.arange(batch.longest)
+    at = jnp.clip(columns, 1, t - 1)
+    before = jnp.take_along_axis(states, at[..., None] - 1, axis=1)
+    logps = token_logps(models.unembed(spec, params, before), jnp.take_along_axis(tokens, at, axis=1))
+    own = jnp.take_along_axis(counted, at, axis=1) & (columns == at)
+    return sequence_logps(logps, own).reshape(b, k), routing, mask
 
 
 def logps_program(spec: ModelSpec) -> Callable[..., Any]:

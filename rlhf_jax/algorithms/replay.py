@@ -16,7 +16,7 @@ from rlhf_jax.numerics import require
 from rlhf_jax.types import Rollout
 
 _TOKENS = ("tokens", "prompt_mask", "completion_mask", "logps", "ref_logps")
-_ROWS: dict[str, Any] = {"scores": jnp.float32, "written_at": jnp.int32, "used": jnp.bool_}
+_ROWS: dict[str, Any] = {"scores": jnp.float32, "written_at": jnp.int32, "used": jnp.bool_, "stopped": jnp.bool_}
 """What stays as it was written: values and advantages are estimated anew, at the price of KL of the day."""
 
 
@@ -49,7 +49,8 @@ def empty(config: Replay, context: Context, *, rows: int, length: int) -> Rollou
 
 def joined(newest: Rollout, older: Rollout) -> Rollout:
     """[(1+k)·b, …]: what was written of the newest rollout, then of older ones, the last written first."""
-    newest = newest.replace(used=jnp.ones(len(newest.tokens), bool))
+    never = jnp.zeros(len(newest.tokens), bool)  # where no strings end completions
+    newest = newest.replace(used=~never, stopped=never if newest.stopped is None else newest.stopped)
 
     def one(name: str) -> Array:
         both = jnp.concatenate([vars(newest)[name], vars(older)[name]])

@@ -218,7 +218,7 @@ class JudgedRows:
         """All figures."""
         scores = self._scores(network, params)
         figures, headline = self._figures(network.combined(scores), params), HEADLINES[self._config.loss]
-        each = [self._figures(own, params, intervals=False)[headline] for own in scores]
+        each = [self._figures(own, params, member=i, intervals=False)[headline] for i, own in enumerate(scores)]
         scores = scores[:, self._judged]
         combined, figures = network.combined(scores), figures | _among(scores, each, headline)
         readings = {"scores": combined.tolist(), "targets": self._column(1).tolist(), "members": each}
@@ -245,7 +245,10 @@ class JudgedRows:
         is_scaled = self._config.loss == "scalar_rating"
         return scores * self.scale.std + self.scale.mean if is_scaled else scores
 
-    def _figures(self, scores: np.ndarray, params: Params, *, intervals: bool = True) -> Figures:
+    def _figures(
+        self, scores: np.ndarray, params: Params, *, member: int | None = None, intervals: bool = True
+    ) -> Figures:
+        """Of scores of all members together, or of one of them."""
         loss, targets, scale = self._config.loss, self._column(1), self.scale
         rows = np.repeat(np.arange(len(self.heldout)), [len(row.parts) for row in self.heldout])
         prompts = [row.prompt for row in self.heldout]
@@ -254,6 +257,7 @@ class JudgedRows:
             return evaluate_ratings(scores, targets, clusters, mean=scale.mean, intervals=intervals)
         if loss == "ordinal_rating":
             learnt = np.atleast_2d(hosts.fetch(params["head"]["thresholds"]))
+            learnt = learnt if member is None else learnt[member : member + 1]
             places = np.mean([thresholds({"head": {"thresholds": own}}) for own in learnt], axis=0)
             levels = (targets - scale.lowest).astype(np.int64)
             given = {"thresholds": places, "shares": scale.shares, "intervals": intervals}

@@ -202,22 +202,22 @@ def start(config: Config, context: Context, name: str, shares: np.ndarray | None
         places = {} if shares is None else {"thresholds": jnp.asarray(first_thresholds(shares))}
         return {**boxed, "head": {**boxed["head"], **places}}
 
-    def make(source: Params) -> Params:
-        if ensemble is None:
-            return init(source, context.key(name))
-        return init_members(partial(init, source), context.keys(name, ensemble.members), ensemble)
+    def make(given: tuple[Params, Key]) -> Params:
+        source, keys = given
+        return init(source, keys) if ensemble is None else init_members(partial(init, source), keys, ensemble)
 
     loss_fn = LOSSES[config.loss](spec, config)
     if ensemble is not None and ensemble.of == "heads":
         loss_fn = of_heads(loss_fn, own_rows=ensemble.own_rows)
     step = make_train_step(loss_fn, optimizer, num_microbatches=config.num_microbatches)
     hyper = {"learning_rate": config.optimizer.learning_rate, **config.hyper}
-    given = context.policy_params(config.init), optimizer, hyper
+    source, key, master = context.policy_params(config.init), context.key(name), config.optimizer.master
+    keys = key if ensemble is None else context.keys(name, ensemble.members)
     if ensemble is not None and ensemble.of == "models":
-        keys, step = context.keys(name, ensemble.members), of_members(step)
-        state = sharded_states(context.mesh, init, *given, keys, master=config.optimizer.master)
+        step = of_members(step)
+        state = sharded_states(context.mesh, init, source, optimizer, hyper, keys, master=master)
     else:
-        state = sharded_state(context.mesh, make, *given, context.key(name), master=config.optimizer.master)
+        state = sharded_state(context.mesh, make, (source, keys), optimizer, hyper, key, master=master)
     return state, compiled(step, state)
 
 

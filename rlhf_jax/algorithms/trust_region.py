@@ -121,7 +121,7 @@ def update(
         tokens = jnp.maximum(loss_mask(among[0]).sum(), 1)
 
         def part(own: Params, rows: Rollout) -> Array:
-            old, new = (algorithm.completion_logits(frozen.policy(x), rows) for x in (policy.params, own))
+            old, new = (algorithm.logits_and_values(frozen.policy(x), rows)[0] for x in (policy.params, own))
             each = fn(old / c.sampling.temperature, new / c.sampling.temperature)
             return masking.keep(each, loss_mask(rows)[:, window]).sum() / tokens
 

@@ -80,7 +80,7 @@ class Bench:
             for pair in range(self.pairs)
             for work in self.works
             for side in sides
-            if side == "ours" or work.kind in PEERS[side]
+            if pair < work.pairs(self.pairs) and (side == "ours" or work.kind in PEERS[side])
         ]
         return list({one.key: one for one in turns}.values())
 

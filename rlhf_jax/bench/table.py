@@ -19,7 +19,8 @@ MiB: the most memory while turns are timed; in all: of the process, compilation 
 faster: our tokens a second over theirs, the median of the pairs' ratios.
 natural: the weights make EOS as probable at every token as ends completions at a quarter of the limit in the mean;
 shared, hydra: against a peer's own iteration, which has no trunk that networks share.
-cost/RxN: PPO of R completions of N tokens. sweep: 8 seeds of a short quickstart, a process each, or in one sweep."""
+cost/RxN: PPO of R completions of N tokens. sweep: 8 seeds of a short quickstart, a process each, or in one sweep;
+measured once."""
 MIB = 2**20
 
 

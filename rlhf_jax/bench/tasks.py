@@ -151,7 +151,7 @@ def _pairs(work: Work, context: Context) -> list[PreferenceGroup]:
 
 
 def _stacked(work: Work) -> Callable[..., Any]:
-    return lambda groups: batch_groups(groups, pad_id=PAD, completions=2, length=work.length)
+    return lambda groups: batch_groups(groups, pad_id=PAD, completions=2, length=work.length, longest=work.completion)
 
 
 def decode_task(work: Work, context: Context) -> Task:

@@ -60,6 +60,10 @@ class Work:
         """What other libraries do for comparison: they have no trunk that networks share."""
         return replace(self, what=self.kind) if self.variant in ("shared", "hydra") else self
 
+    def pairs(self, asked: int) -> int:
+        """How often each side is measured: what takes half an hour is measured once."""
+        return 1 if self.kind == "sweep" else asked
+
     def job(self, models: Path, *, threads: int) -> dict[str, Any]:
         """What a measuring process is told."""
         told = {**asdict(self), "kind": self.kind, "variant": self.variant, "threads": threads}

@@ -138,8 +138,9 @@ def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
 
     def encode(example: Example) -> Learnt:
         if example.ids is not None:
-            _check_ids(example, tokenizer)
             prompt, completion = example.ids
+            text = example.messages[-1]["content"] if example.messages else example.completion
+            _check_ids(tokenizer, prompt, {"completion": (completion, text)})
             return Learnt(prompt + completion, (*([False] * len(prompt)), *([True] * len(completion))))
         chat = chat_tokenizer(tokenizer)
         if chat is not None and example.messages:
@@ -152,25 +153,37 @@ def encode_example(tokenizer: Tokenizer) -> Callable[[Example], Learnt]:
     return encode
 
 
-def _check_ids(example: Example, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless a row's ids say what its texts do."""
-    assert example.ids is not None
-    for name, ids, text in zip(
-        ("prompt", "completion"), example.ids, (example.prompt, example.completion), strict=True
-    ):
-        if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids) != text:
-            raise UserError(f"'{name}_tokens' are not this model's tokens of '{name}': {text[:80]!r}; leave both out")
+def _check_ids(
+    tokenizer: Tokenizer, prompt: tuple[int, ...], completions: Mapping[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Raise UserError unless a row's ids are the tokenizer's, and those of completions, by their fields, say the texts.
+
+    Those of a prompt may be a conversation's by a chat template.
+    """
+    if max(prompt) >= tokenizer.vocab_size:
+        raise UserError(
+            f"'prompt_tokens' has {max(prompt)}, and this model {tokenizer.vocab_size} tokens; leave ids out"
+        )
+    for name, (ids, text) in completions.items():
+        if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids).strip() != text.strip():
+            raise UserError(f"'{name}_tokens' are not this model's tokens of '{name}': {text[:80]!r}; leave ids out")
 
 
 def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
-    """A chosen and a rejected completion as a group of two, both ended; where one of them is empty, without a pair."""
+    """A chosen and a rejected completion as a group of two, both ended; where one of them is empty, without a pair.
+
+    Of what a policy wrote, the ids that it wrote.
+    """
 
     def encode(pair: Pair) -> PreferenceGroup:
         chat, texts = chat_tokenizer(tokenizer), (pair.chosen, pair.rejected)
         annotators = () if pair.annotator is None else (pair.annotator,)
+        soft = () if pair.probability == 1 else (pair.probability,)
+        if pair.ids:
+            judged = (), ((0, 1),), (pair.margin,), "file", annotators
+            return PreferenceGroup(pair.prompt, texts, *_written(tokenizer, pair), *judged, probabilities=soft)
         if not all(texts):
             return encode_group(tokenizer, pair.prompt, texts, (), ())
-        soft = () if pair.probability == 1 else (pair.probability,)
         if chat is None or not pair.chosen_messages:
             return encode_group(tokenizer, pair.prompt, texts, ((0, 1),), (pair.margin,), annotators, soft)
         prompts, completions = zip(
@@ -186,6 +199,15 @@ def encode_pair(tokenizer: Tokenizer) -> Callable[[Pair], PreferenceGroup]:
         return PreferenceGroup(pair.prompt, texts, prompts[0], completions, *judged, probabilities=soft)
 
     return encode
+
+
+def _written(tokenizer: Tokenizer, pair: Pair) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """A pair's ids, the prompt's and both completions'."""
+    prompt, *written = pair.ids
+    answers = [messages[-1]["content"] for messages in (pair.chosen_messages, pair.rejected_messages) if messages]
+    chosen, rejected = zip(written, answers or (pair.chosen, pair.rejected), strict=True)
+    _check_ids(tokenizer, prompt, {"chosen": chosen, "rejected": rejected})
+    return prompt, tuple(written)
 
 
 def encode_ranked(tokenizer: Tokenizer) -> Callable[[Ranked], PreferenceGroup]:

@@ -55,6 +55,11 @@ class Fields:
             raise self.error(f"{name} must be a finite number, found {short(value)}")
         return float(value)
 
+    def numbers(self, name: str, completions: int) -> list[float]:
+        """A finite number for each of the row's completions."""
+        values = enumerate(self.list_for(name, completions), start=1)
+        return [self.check_number(f"{name!r}, number {i}", value) for i, value in values]
+
     def text(self, name: str, *, empty: bool = False) -> str:
         """A string, with something in it unless it may be `empty`."""
         return self._check_text(repr(name), self.require(name), empty)
@@ -65,6 +70,13 @@ class Fields:
         if len(values) < least:
             raise self.error(f"{name!r} must hold at least {least} texts, found {len(values)}")
         return tuple(self._check_text(f"{name!r}, number {i}", value, False) for i, value in enumerate(values, start=1))
+
+    def list_for(self, name: str, completions: int) -> list[Any]:
+        """A list with something for each of the row's completions."""
+        values = self.list(name)
+        if len(values) != completions:
+            raise self.error(f"{name!r} must have one for each of the {completions} 'completions', found {len(values)}")
+        return values
 
     def list(self, name: str) -> list[Any]:
         """A list."""
@@ -103,8 +115,8 @@ class Fields:
         """Whether a field that must be there holds messages, not text."""
         return isinstance(self.require(name), list | dict)
 
-    def messages(self, name: str, *, prompt: bool = False) -> Messages:
-        """A conversation; one that is no prompt ends with the assistant's turn, which says something."""
+    def messages(self, name: str, *, prompt: bool = False, empty: bool = False) -> Messages:
+        """A conversation; one that is no prompt ends with the assistant's turn, which may be said to be `empty`."""
         value = _rows_of_columns(self.require(name))
         if not isinstance(value, list) or not (value or prompt):
             raise self.error(f"{name!r} must be a list of messages, found {short(value)}")
@@ -116,7 +128,7 @@ class Fields:
             self._check_characters(repr(name), message["content"])
         if not prompt and value[-1]["role"] != "assistant":
             raise self.error(f"{name!r}: the last message must be the assistant's, found {value[-1]['role']!r}")
-        if not prompt and not value[-1]["content"].strip():
+        if not prompt and not empty and not value[-1]["content"].strip():
             raise self.error(f"{name!r}: the last message is empty")
         return value
 

@@ -56,6 +56,8 @@ class Pair:
     """Who judged, where the row says."""
     probability: float = 1.0
     """That the first is the better one, in (0, 1], where the row says."""
+    ids: tuple[tuple[int, ...], ...] = ()
+    """Prompt and both completions as a policy read and wrote them, special tokens included, where the row has them."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ def pair(row: Fields) -> Pair:
     """Of prompt, chosen and rejected; without prompt, it is what both begin with (TRL's implicit prompt).
 
     A raw row of the Stanford Human Preferences (Ethayarajh et al. 2022) has other names, see `SHP`. A probability is a
-    judge's that the chosen one is better: the label is soft (Bai et al. 2022, Constitutional AI, section 4.1).
+    judge's that the chosen one is better: the label is soft (Bai et al. 2022, Constitutional AI, section 4.1). Beside
+    the three, prompt_tokens, chosen_tokens and rejected_tokens are ids as in `example`.
     """
     if "probability" not in row:
         return _pair(row)
@@ -195,11 +198,13 @@ def _pair(row: Fields) -> Pair:
     if SHP[0] in row:
         chosen, rejected = (row.text(name) for name in (SHP if row.label("labels") else SHP[::-1]))
         return Pair(row.text("history"), chosen, rejected, margin)
+    named = ("prompt", "chosen", "rejected") if "chosen_tokens" in row else ()
+    ids = tuple(row.ids(f"{name}_tokens") for name in named)
     if row.is_conversation("chosen"):
-        return _conversations(row, margin)
-    chosen, rejected = row.text("chosen"), row.text("rejected")
-    if "prompt" in row:
-        return Pair(_prompt(row)[0], chosen, rejected, margin, annotator=row.annotator)
+        return replace(_conversations(row, margin, empty=bool(ids)), ids=ids)
+    chosen, rejected = (row.text(name, empty=bool(ids)) for name in ("chosen", "rejected"))
+    if "prompt" in row or ids:
+        return Pair(_prompt(row)[0], chosen, rejected, margin, annotator=row.annotator, ids=ids)
     # The prompt ends at a space before the texts part, so that no word is split, and leaves each something to say; of
     # raw transcripts (HH-RLHF) where the last answer begins that both have, whatever words the two have in common.
     shared = _shared(chosen, rejected)
@@ -220,18 +225,16 @@ def example(row: Fields) -> Example:
     Beside prompt and completion, prompt_tokens and completion_tokens are ids that a policy of this tokenizer read and
     wrote: they are learnt as they stand, with EOS only where it was written.
     """
-    if "completion_tokens" in row:
-        ids = row.ids("prompt_tokens"), row.ids("completion_tokens")
-        return Example(row.text("prompt", empty=True), row.text("completion", empty=True), ids=ids)
-    if "messages" in row:
+    ids = (row.ids("prompt_tokens"), row.ids("completion_tokens")) if "completion_tokens" in row else None
+    if "messages" in row and ids is None:
         messages = row.messages("messages")
         return Example(render(messages[:-1]), render(messages[-1:]), _for_template(messages))
     if "completion" in row:
         if row.is_conversation("completion"):
-            before, after = row.messages("prompt", prompt=True), row.messages("completion")
+            before, after = row.messages("prompt", prompt=True), row.messages("completion", empty=ids is not None)
             messages = _for_template([*before, *after])
-            return Example(render(before), render(after), messages, learnt_from=len(before))
-        return Example(row.text("prompt", empty=True), row.text("completion"))
+            return Example(render(before), render(after), messages, learnt_from=len(before), ids=ids)
+        return Example(row.text("prompt", empty=True), row.text("completion", empty=ids is not None), ids=ids)
     if "text" in row:
         return Example("", row.text("text"))
     raise row.error(f"expected 'prompt' and 'completion', 'messages', or 'text'; the row has {row.names}")
@@ -266,7 +269,7 @@ def ranked(row: Fields, *, needs: Order = "some") -> Ranked:
         name, values = "best", [float(i != best) for i in range(len(completions))]
     else:
         name = "ranks" if "ranks" in row else "scores"
-        values = [-value if name == "scores" else value for value in _numbers(row, name, len(completions))]
+        values = [-value if name == "scores" else value for value in row.numbers(name, len(completions))]
     order = sorted(set(values))
     if needs != "none" and len(order) == 1:
         raise row.error(f"{name!r}: all {len(values)} completions tie, so there is nothing to compare")
@@ -323,8 +326,7 @@ def stepwise(row: Fields, *, neutral: bool = True) -> Stepwise:
     """
     before, steps = _prompt(row)[0], row.texts("completions", least=1)
     name = "ratings" if "ratings" in row and "labels" not in row else "labels"
-    values = row.list(name)
-    _check_count(row, name, len(values), len(steps))
+    values = row.list_for(name, len(steps))
 
     def right(i: int, value: Any) -> bool:
         if name == "labels":
@@ -348,8 +350,8 @@ def labelled_text(row: Fields) -> Text:
     return Text(row.text("text"), int(row.label("label")))
 
 
-def _conversations(row: Fields, margin: float) -> Pair:
-    chosen, rejected = (row.messages(name) for name in ("chosen", "rejected"))
+def _conversations(row: Fields, margin: float, *, empty: bool) -> Pair:
+    chosen, rejected = (row.messages(name, empty=empty) for name in ("chosen", "rejected"))
     answers = all(messages[0]["role"] == "assistant" for messages in (chosen, rejected))
     if "prompt" in row and not row.is_conversation("prompt") and answers:
         return Pair(row.text("prompt", empty=True), render(chosen), render(rejected), margin, annotator=row.annotator)
@@ -371,17 +373,6 @@ def _prompt(row: Fields, *, empty: bool = True) -> tuple[str, Messages]:
     if not messages and not empty:
         raise row.error("'prompt' is empty")
     return render(messages), messages
-
-
-def _numbers(row: Fields, name: str, count: int) -> list[float]:
-    values = row.list(name)
-    _check_count(row, name, len(values), count)
-    return [row.check_number(f"{name!r}, number {i}", value) for i, value in enumerate(values, start=1)]
-
-
-def _check_count(row: Fields, name: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise row.error(f"{name!r} must have one for each of the {expected} 'completions', found {found}")
 
 
 def _for_template(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:

@@ -1,7 +1,7 @@
 """Judged completions to endless, resumable batches. Shapes: b prompts, k completions, p pairs, t tokens."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -82,6 +82,7 @@ def batch_groups(
     length: int,
     pairs: int | None = None,
     soft: bool = False,
+    longest: int | None = None,
 ) -> PreferenceBatch:
     """Stack groups of at most `completions` completions; rows are padded on the right, and pairs by weight 0.
 
@@ -99,13 +100,21 @@ def batch_groups(
         probabilities[i, :n] = group.probabilities or 1
     stacked = stack(groups, pad_id=pad_id, completions=completions, length=length)
     known = probabilities if soft else None
-    return PreferenceBatch(*stacked, judged, weights, margins, _ref_logps(groups, completions), known)
+    return PreferenceBatch(*stacked, judged, weights, margins, _ref_logps(groups, completions), known, longest)
 
 
-def batch_thumbs(rows: Sequence[Liked], *, pad_id: int, completions: int, length: int) -> ThumbBatch:
+def batch_thumbs(
+    rows: Sequence[Liked], *, pad_id: int, completions: int, length: int, longest: int | None = None
+) -> ThumbBatch:
     """Stack completions that were liked or not, with the other prompts' where there are any."""
     stacked = stack(rows, pad_id=pad_id, completions=completions, length=length)
-    return ThumbBatch(*stacked, np.asarray([row.desirable for row in rows]), _ref_logps(rows, completions))
+    return ThumbBatch(*stacked, np.asarray([row.desirable for row in rows]), _ref_logps(rows, completions), longest)
+
+
+def longest_completion(rows: Iterable[Completed], *, length: int) -> int | None:
+    """Tokens of the longest completion of some rows, for their batches; None where it is most of a row of `length`."""
+    longest = max(len(tokens) for row in rows for tokens in row.completion_tokens)
+    return longest if longest < 0.9 * length else None
 
 
 def _ref_logps(rows: Sequence[PreferenceGroup] | Sequence[Liked], completions: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A source's rows by what they are, to train on and held out: `read_pairs(Jsonl("pairs.jsonl"))` and its like.
 
 Every row is read and checked; an error names the file, the row and the field. A row that stands twice is taken once,
-and one that is held out is not trained on.
+and of a prompt that is held out no row is trained on.
 """
 
 import hashlib
@@ -151,7 +151,7 @@ def read(source: Source, parse: Callable[[Fields], T]) -> tuple[Rows[T], ...]:
     if not isinstance(source, Mixture):
         return (_read_part(source, parse),)
     parts = [_read_part(part, parse) for part in source.parts]
-    heldout = {_key(row) for part in parts for row in part.heldout}
+    heldout = [row for part in parts for row in part.heldout]
     return tuple(_without(part, heldout) for part in parts)
 
 
@@ -192,7 +192,7 @@ def _read_part(source: Part, parse: Callable[[Fields], T]) -> Rows[T]:
     _check_apart(table, source, source.heldout)
     heldout, twice = _unique(parsed(source.heldout))
     train, merged = _unique(parsed(source.split))
-    return _without(Rows(source, train, heldout, merged + twice), {_key(row) for row in heldout})
+    return _without(Rows(source, train, heldout, merged + twice), heldout)
 
 
 def _at_least(rows: list[Fields], source: Part) -> list[Fields]:
@@ -227,7 +227,8 @@ def _check_apart(table: Table, source: Part, heldout: str) -> None:
 
 def _hold_out(rows: list[T], share: float, source: Part) -> tuple[list[T], list[T]]:
     """All but the last `share` of the rows, and these; at least one each, and all rows of a prompt together."""
-    keys = [_key(row) for row in rows]
+    key = _key_of(rows)
+    keys = [key(row) for row in rows]
     distinct = list(dict.fromkeys(keys))
     if len(distinct) < 2:
         raise UserError(
@@ -238,9 +239,11 @@ def _hold_out(rows: list[T], share: float, source: Part) -> tuple[list[T], list[
     return train, [row for row, key in zip(rows, keys, strict=True) if key in last]
 
 
-def _without(part: Rows[T], heldout: set[bytes]) -> Rows[T]:
-    """The part without the rows to train on that are held out anywhere; these count as merged."""
-    train = [row for row in part.train if _key(row) not in heldout]
+def _without(part: Rows[T], heldout: list[T]) -> Rows[T]:
+    """The part without the rows to train on that, or whose prompts, are held out anywhere; these count as merged."""
+    key = _key_of([*part.train, *heldout])
+    taken = {key(row) for row in heldout}
+    train = [row for row in part.train if key(row) not in taken]
     if not train:
         raise UserError(f"{describe(part.source)}: all {len(part.train)} rows to train on are held out, too")
     return Rows(part.source, train, part.heldout, part.merged + len(part.train) - len(train))
@@ -254,11 +257,18 @@ def _unique(rows: list[T]) -> tuple[list[T], int]:
     return list(first.values()), len(rows) - len(first)
 
 
-def _key(row: Any) -> bytes:
-    """What must not be in both splits: the row, or a prompt, whatever else its row says."""
-    if isinstance(row, Valued) and row.example.prompt:
-        return _digest(row.example.prompt)
-    return _digest((row.prompt, row.messages) if isinstance(row, Prompt) else row)
+def _key_of(rows: Sequence[Any]) -> Callable[[Any], bytes]:
+    """What must not be in both splits: a prompt, whatever else its row says; the row, where all have one prompt."""
+    by_prompt = (rows and isinstance(rows[0], Prompt)) or len({_prompt(row) for row in rows}) > 1
+    return _prompt if by_prompt else _digest
+
+
+def _prompt(row: Any) -> bytes:
+    """Of a row without one, all of it."""
+    if isinstance(row, Prompt):
+        return _digest((row.prompt, row.messages))
+    asked = row.example if isinstance(row, Valued) else row
+    return _digest(row if isinstance(asked, Text) else asked.prompt or row)
 
 
 def _digest(row: Any) -> bytes:

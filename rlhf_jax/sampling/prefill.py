@@ -4,6 +4,7 @@ Shapes: u different prompts, b rows, p prompt tokens, s slots of a cache, L laye
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ def take(x: Array, index: Int[Array, " b"], *, axis: int = 0) -> Array:
 
     Written shard by shard, so that no device reads what another holds.
     """
-    shards = splits("batch")
+    shards = math.gcd(splits("batch"), len(index), x.shape[axis])
     if shards == 1:
         return jnp.take(x, index, axis=axis)
     size = x.shape[axis] // shards

@@ -7,6 +7,7 @@ Shapes: b rows of the batch, w slots, u prompts, p prompt tokens, n new tokens, 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,10 +94,10 @@ def in_turn(
     turns: Turns, step: Step, before: Prefilled, like: Drawn, *, copies: int, length: int
 ) -> tuple[Drawn, Bool[Array, "b n"]]:
     """Every row, and which tokens are a completion's; `like` has the types of what is drawn."""
-    with decoding():
-        shards = splits("batch")
     rows = len(before.tokens) * copies
     width = min(turns.slots, rows)
+    with decoding():  # which splits a batch over more axes than training: rows may be too few for all
+        shards = math.gcd(splits("batch"), width, rows)
     progress = Progress(
         _empty(before, like, width, rows, length),
         nothing(like, rows, length),

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ai_feedback
+from rlhf_jax.data.encoding import encode_pair
 from rlhf_jax.data.reading import read_pairs
 from rlhf_jax.data.sources import Jsonl
 from rlhf_jax.errors import UserError
@@ -37,8 +38,12 @@ def context(make_context):
     return context
 
 
+def kept_in(context, name="feedback"):
+    return context.stage_dir(name) / "rows" / "rows.jsonl"
+
+
 def rows(context, name="feedback"):
-    return [json.loads(line) for line in (context.stage_dir(name) / "rows" / "rows.jsonl").read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in kept_in(context, name).read_text().split("\n")[:-1]]
 
 
 def test_a_model_judges_by_its_next_token_in_both_orders(context):
@@ -60,6 +65,16 @@ def test_a_model_judges_by_its_next_token_in_both_orders(context):
         turned = 1 - first_is_better(row, row["rejected"], row["chosen"])
         assert row["probability"] == pytest.approx((once + turned) / 2, abs=1e-5) and row["probability"] >= 0.5
     assert figures["questions_cut"] == 0
+    learnt = [encode_pair(tokenizer)(pair) for pair in itertools.chain(*read_pairs(Jsonl(kept_in(context))))]
+    for row, group in zip(made, learnt, strict=True):  # as they were written: those cut at the limit have no EOS
+        assert group.prompt_tokens == tuple(row["prompt_tokens"]) and group.completions == (
+            row["chosen"],
+            row["rejected"],
+        )
+        assert group.completion_tokens == (tuple(row["chosen_tokens"]), tuple(row["rejected_tokens"]))
+        for tokens in group.completion_tokens:
+            assert len(tokens) == CONFIG["completion_tokens"] or tokens[-1] == tokenizer.eos_id
+    assert any(tokens[-1] != tokenizer.eos_id for group in learnt for tokens in group.completion_tokens)
     assert figures["confidence"] == pytest.approx(np.mean([row["probability"] for row in made]))
     assert figures["agreement_low"] < figures["agreement"] < figures["agreement_high"]
 
@@ -170,6 +185,27 @@ def test_rows_of_conversations_stay_conversations(context, tmp_path):
         assert (
             pair.chosen_messages[0]["content"].startswith("What is") and pair.chosen_messages[1]["role"] == "assistant"
         )
+
+
+def test_a_completion_that_ended_at_once_is_learnt(context, tmp_path):
+    tokenizer, path = context.tokenizer, tmp_path / "rows.jsonl"
+    ids = {"prompt_tokens": [tokenizer.bos_id, *tokenizer.encode("It was")], "rejected_tokens": [tokenizer.eos_id]}
+    row = {"prompt": "It was", "chosen": " good", "rejected": "", "chosen_tokens": tokenizer.encode(" good"), **ids}
+    asked = [{"role": "user", "content": "It was"}]
+    said = {name: [{"role": "assistant", "content": row[name].strip()}] for name in ("chosen", "rejected")}
+    for texts in ({}, {"prompt": asked, **said}):
+        path.write_text("".join(json.dumps(row | texts | {"annotator": i}) + "\n" for i in range(2)))
+        [group] = map(encode_pair(tokenizer), read_pairs(Jsonl(path)).train)
+        assert group.pairs == ((0, 1),) and group.completion_tokens == (
+            tuple(row["chosen_tokens"]),
+            (tokenizer.eos_id,),
+        )
+        assert group.prompt_tokens == tuple(ids["prompt_tokens"])
+    path.write_text("".join(json.dumps(row | {"rejected_tokens": [i + 9]}) + "\n" for i in range(2)))
+    with pytest.raises(
+        UserError, match="'rejected_tokens' are not this model's tokens of 'rejected': ''; leave ids out"
+    ):
+        list(map(encode_pair(tokenizer), read_pairs(Jsonl(path)).train))
 
 
 def test_what_cannot_be_is_one_line(context, tmp_path):

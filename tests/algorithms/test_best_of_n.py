@@ -195,7 +195,7 @@ def test_ids_of_another_tokenizer_are_told(done, tmp_path):
             {"completion": "Something else."},
             "'completion_tokens' are not this model's tokens of 'completion': 'Something",
         ),
-        ({"prompt_tokens": [100_000]}, "'prompt_tokens' are not this model's tokens of 'prompt'"),
+        ({"prompt_tokens": [100_000]}, "'prompt_tokens' has 100000, and this model 512 tokens; leave ids out"),
     ):
         with pytest.raises(UserError, match=said):
             encode_example(context.tokenizer)(formats.example(fields_of({**row, **wrong}, tmp_path)))

@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_jax.algorithms import constitutional, made_rows
 from rlhf_jax.algorithms.constitution import Principle, read_constitution
-from rlhf_jax.algorithms.constitutional import Revised, revise
+from rlhf_jax.algorithms.constitutional import Revised, Said, revise
+from rlhf_jax.data.encoding import encode_example
 from rlhf_jax.data.prompt_rows import PromptRow
 from rlhf_jax.data.reading import read_examples
 from rlhf_jax.data.sources import Jsonl
@@ -60,7 +61,9 @@ def test_each_turn_is_asked_with_all_before_it():
     def speaker(what, conversations, key):
         asked.append((what, [[message["content"] for message in one] for one in conversations]))
         turn = len(asked)
-        return [None if (turn, one[0]["content"]) == (3, "drops out") else f"{what} {turn}" for one in conversations]
+        silent = [(turn, one[0]["content"]) == (3, "drops out") for one in conversations]
+        said = Said(f"{what} {turn}", [turn], [10 * turn])
+        return [None if is_silent else said for is_silent in silent]
 
     principles = [Principle(f"c{i}", f"r{i}", f"p{i}") for i in range(2)]
     own = [Revised(PromptRow((1, 2), text, {}), principles, [], []) for text in ("stays", "drops out")]
@@ -76,6 +79,8 @@ def test_each_turn_is_asked_with_all_before_it():
     assert left.to_row() == {
         "prompt": [{"role": "user", "content": "stays"}],
         "completion": [{"role": "assistant", "content": "answer 5"}],
+        "prompt_tokens": [1],  # as the first answer's policy read it
+        "completion_tokens": [50],  # as the last one's wrote it
         "answers": ["answer 1", "answer 3"],
         "critiques": ["critique 2", "critique 4"],
         "principles": ["c0", "c1"],
@@ -89,6 +94,10 @@ def test_rows_to_learn_from_the_same_whenever_they_are_made(config, context, mak
     train, heldout = read_examples(Jsonl(path, heldout=0.25))
     assert len(train) + len(heldout) == figures["rows"] == 12 - figures["left_out"] and figures["rows"] >= 6
     assert all(row.messages[-1]["role"] == "assistant" for row in (*train, *heldout))
+    eos, learnt = context.tokenizer.eos_id, [encode_example(context.tokenizer)(row) for row in (*train, *heldout)]
+    lengths = [sum(row.counted) for row in learnt]
+    assert all(n == config.answer_tokens or row.tokens[-1] == eos for n, row in zip(lengths, learnt, strict=True))
+    assert any(row.tokens[-1] != eos for row in learnt)  # a revision that was cut short
     assert not (context.stage_dir("revisions") / ".rows").exists()
     # Another run stops after its first batch, and goes on with the second alone.
     other, calls = with_stages(make_context("other")), []

@@ -36,9 +36,19 @@ def experiment(learner):
 )
 def test_a_judges_pairs_are_refused_before_they_are_paid_for(learner, says):
     with pytest.raises(
-        UserError, match=rf"^stages.learner.pairs.stage: 'feedback' writes each pair with a prob.*{says}$"
+        UserError,
+        match=rf"^stages.learner.pairs(.parts\[1\])?.stage: 'feedback' writes each pair with a prob.*{says}$",
     ):
         validate(experiment(learner), 1)
+
+
+def test_all_parts_of_a_mixture_are_checked():
+    wrong = Mixture((FromStage("nobody"), FEEDBACK), (1.0, 1.0))
+    with pytest.raises(UserError, match=r"^stages.learner.pairs.parts\[0\].stage: .*nobody"):
+        validate(experiment(preference.Config(pairs=wrong)), 1)
+    labelled = Mixture((FEEDBACK, Jsonl("a.jsonl")), (1.0, 1.0))
+    with pytest.raises(UserError, match=r"^stages.learner.pairs.parts\[0\].stage: 'feedback' writes"):
+        validate(experiment(reward_model.Config(pairs=labelled, loss="k_wise")), 1)
 
 
 def test_references_that_are_not_there_are_told_before_the_pairs_are_paid_for():

@@ -75,6 +75,23 @@ def test_every_token_has_a_place_of_its_own_and_pairs_stay_together(pairs):
     assert tokens > 0.75 * int(count) * size  # little padding, of few rows
 
 
+def test_rows_that_fill_a_part_to_the_last_token_are_whole():
+    """0.7 · 30 is 21 but for its rounding, and three times that 63."""
+    config, prompt, new = Packing(rows=3, length=1, completions=0.7), 9, 21
+    config.check(prompt, new)
+    column = np.zeros((3, 1)) + np.arange(prompt + new)
+    batch = Rollout(
+        tokens=jnp.asarray(np.random.default_rng(0).integers(2, 40, column.shape), jnp.int32),
+        prompt_mask=jnp.asarray(column < prompt),
+        completion_mask=jnp.asarray(column >= prompt),
+    )
+    count, part = packing.parts(config, batch, batch.completion_mask)
+    params = sharding.unbox(models.init(SPEC, jax.random.key(0)))
+    at = packing.read(config, SPEC, params, part(jnp.int32(0)), prompt=prompt)
+    assert int(count) == 1
+    np.testing.assert_array_equal(at.in_rows(at.tokens, prompt=prompt), batch.tokens[:, prompt:])
+
+
 def updated(algorithm, config, state, mesh=None):
     learner = algorithm(config, SPEC, eos_id=1, pad_id=0)
     frozen = Frozen(reference={}, reward={}, base={}, head_base={})

@@ -22,7 +22,7 @@ from rlhf_jax.kl import AdaptiveKL, FixedKL
 from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.optim import Optimizer
-from rlhf_jax.placement import Colocated
+from rlhf_jax.placement import Colocated, Disaggregated
 from rlhf_jax.report.labels import LABELS
 from rlhf_jax.rewards.shaping import OverlongPenalty, Shaping
 from rlhf_jax.rewards.verifiers import PatternMatch
@@ -121,6 +121,27 @@ def test_the_gradient_is_that_of_the_papers_formula(name, written, params):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted)) > 1e-3
     assert (clipped > 0) == (config.clip_eps is not None)  # the ratios are far enough for a clip to show
     assert metrics.get("equal_groups", 0) == {1: 0, 2: 0.5, 4: 0.5}[config.group_size]
+
+
+def test_a_pair_that_was_made_ahead_is_weighed_by_both_of_its_ratios(written, params):
+    config = make("p3o", placement=Disaggregated(MeshConfig(), MeshConfig(1), max_weight=2.0))
+    algorithm = algorithm_of(config)
+    scored = written[0].replace(scores=jnp.asarray([1.0, 0, 2.5, -1, 0.5, 1.5, 3, 0.5]))
+    rollout, _ = algorithm.with_advantages(scored, kl_coef=jnp.float32(0.1))
+    ratios = np.asarray([2.0, 0.5, 1.5, 1.0, 0.6, 0.8, 2.5, 1.5])  # of the policy before the update to the writer
+    fresh = rollout.replace(old_logps=rollout.logps)
+    stale = fresh.replace(logps=rollout.logps.at[:, P].add(-jnp.log(ratios)))
+    loss_fn, hyper = algorithm.policy_loss(), {"clip_eps": jnp.float32(0.2), "kl_coef": jnp.float32(0.1)}
+
+    def loss(params, rollout):  # 0 where nothing is clipped: what it pushes is its gradient
+        return loss_fn(params, jax.tree.map(lambda x: x[None], rollout), hyper, jax.random.key(0))[0].value
+
+    gradient = jax.jit(jax.grad(loss))
+    for i, weight in zip(range(0, B, 2), (1.0, 1.5, 0.48, 2.0), strict=True):
+        once, again = (gradient(params, jax.tree.map(lambda x, i=i: x[i : i + 2], one)) for one in (fresh, stale))
+        for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+            np.testing.assert_allclose(b, weight * a, rtol=1e-3, atol=1e-6)
+        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(once)) > 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from rlhf_jax.kl import FixedKL
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Disaggregated
+from rlhf_jax.sampling import ended
 from rlhf_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -94,6 +95,16 @@ def shortened(rollout, seed):
     kept = np.arange(rollout.tokens.shape[1]) < P + np.random.default_rng(seed).integers(1, 6, (8, 1))
     names = ("completion_mask", "logps", "ref_logps")
     return rollout.replace(**{name: vars(rollout)[name] * kept for name in names}, old_logps=None)
+
+
+def test_completions_that_a_stop_string_ended_stay_so(iterated):
+    _, seen = iterated
+    newest, older = (rollout.replace(used=np.ones(8, bool), stopped=np.zeros(8, bool)) for _, rollout in seen[:2])
+    newest = newest.replace(stopped=np.arange(8) % 2 == 0)
+    both = replay.joined(newest, older)
+    np.testing.assert_array_equal(both.stopped, [*newest.stopped, *older.stopped])
+    assert ended(both, 3)[:8][newest.stopped].all() and not ended(both.replace(stopped=None), 3)[:8].all()
+    assert not replay.joined(newest.replace(stopped=None), older).stopped.any()
 
 
 def test_each_minibatch_holds_the_same_rows_of_every_rollout(iterated, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 from rlhf_jax.algorithms import comparisons, preference
 from rlhf_jax.algorithms.comparisons import SampledPairs
 from rlhf_jax.algorithms.preference_losses import Term
-from rlhf_jax.algorithms.reference import CompletionLogps, Sync, with_reference
-from rlhf_jax.data.preference_batches import batch_groups
+from rlhf_jax.algorithms.reference import CompletionLogps, Sync, completion_logps, with_reference
+from rlhf_jax.data.preference_batches import batch_groups, longest_completion
 from rlhf_jax.data.preferences import PreferenceGroup
 from rlhf_jax.data.reading import Mixed
 from rlhf_jax.data.sources import Jsonl, Mixture
@@ -227,6 +227,28 @@ def test_the_reference_is_read_once_and_again_where_its_file_is_not_right(tmp_pa
     np.testing.assert_array_equal([one.ref_logps for one in anew], read(other, groups))
     swapped = with_reference(path, read, own, (groups[::-1], groups[1:]), note="x")[0]  # other rows, as many
     np.testing.assert_array_equal([one.ref_logps for one in swapped], read(own, groups[::-1]))
+
+
+def test_columns_of_completions_alone_reach_the_vocabulary(pretrained):
+    def group(prompt, *tokens):
+        return PreferenceGroup("", ("", ""), prompt, tokens, (), ((0, 1),), (0.0,), "file")
+
+    groups = [group((2, 7), (5, 9), (4,)), group((2,), (8,), (6, 6, 6)), group((2, 9, 9, 9, 5, 5), (9,), (7, 1, 3))]
+    layout = {"pad_id": 0, "completions": 3, "length": 9}  # a third completion that none of them has
+    plain, narrow = batch_groups(groups, **layout), batch_groups(groups, **layout, longest=3)
+    assert longest_completion(groups, length=9) == 3 and longest_completion(groups, length=3) is None
+
+    def read(batch):
+        logps = partial(completion_logps, SPEC)
+        return jax.jit(lambda params: (logps(params, batch)[0] ** 2).sum()), logps(pretrained.params, batch)[0]
+
+    (one, before), (other, after) = read(plain), read(narrow)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    assert (before[:, 2] == 0).all() and (after[:, 2] == 0).all()
+    for a, b in zip(*(jax.tree.leaves(jax.grad(fn)(pretrained.params)) for fn in (one, other)), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+    whole = f"9,9,{SPEC.vocab_size}]"
+    assert whole in str(one.trace(pretrained.params).jaxpr) and whole not in str(other.trace(pretrained.params).jaxpr)
 
 
 def write(path, *rows):

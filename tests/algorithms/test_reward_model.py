@@ -177,7 +177,7 @@ def test_learns_normalises_and_reports(context):
 
 
 def test_a_file_of_pairs_trains_the_same_stage(context, tmp_path):
-    rows = [{"prompt": "It was", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(30)]
+    rows = [{"prompt": f"It was {i}", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(30)]
     rows += [{"prompt": "", "chosen": [{"role": "assistant", "content": f"good {i}"}],
               "rejected": [{"role": "assistant", "content": f"bad {i}"}]} for i in range(10)]  # fmt: skip
     rows.append(rows[0])

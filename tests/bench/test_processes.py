@@ -49,6 +49,12 @@ def test_variants_without_a_peer_of_their_own_share_one():
     assert len({one.key for one in made if one.side == "trl"}) == 2  # that run to the limit, and that end
 
 
+def test_sweeps_are_measured_once():
+    works = choose("tiny", "sft,sweep", accelerator=False)
+    made = Bench(works, [], 3, None, None, 1).measurements()
+    assert [one.done.what for one in made] == ["sft", "sweep/apart", "sweep/together", "sft", "sft"]
+
+
 def test_what_is_there_is_not_measured_again(tmp_path):
     peer(tmp_path, """echo words; echo '{"seconds": 4.0, "tokens": 100.0, "flops": 4, "versions": {}}'""")
     made = bench(tmp_path)

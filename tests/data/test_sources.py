@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data import splits
 from rlhf_jax.data.formats import Pair, Text
-from rlhf_jax.data.reading import Mixed, read_examples, read_pairs, read_prompts, read_texts
+from rlhf_jax.data.reading import Mixed, read_examples, read_pairs, read_prompts, read_texts, read_thumbs
 from rlhf_jax.data.sources import TFDS, Jsonl, Mixture
 from rlhf_jax.data.texts import are_texts, check_texts, load_texts
 from rlhf_jax.errors import UserError
@@ -121,6 +121,20 @@ class TestJsonl:
         assert len(rows.train) == 16 and {row.prompt for row in rows.heldout} == {"p4"} and len(rows.heldout) == 4
         apart = read_prompts(Jsonl(write(said), split="all[:18]", heldout="all[18:]"))  # p3 and p4
         assert {row.prompt for row in apart.train} == {"p0", "p1", "p2"} and apart.merged == 6
+
+    def test_all_that_is_said_of_a_prompt_is_in_one_split(self, write):
+        said = [{"prompt": f"p{i // 2}", "completion": f"c{i}", "label": True} for i in range(20)]
+        rows = read_thumbs(Jsonl(write(said), heldout=0.1))
+        assert [row.prompt for row in rows.heldout] == ["p9", "p9"] and len(rows.train) == 18
+        apart = read_thumbs(Jsonl(write(said), split="all[:15]", heldout="all[15:]"))  # a half of p7 in each
+        assert [row.prompt for row in apart.train] == [f"p{i // 2}" for i in range(14)] and apart.merged == 1
+        for prompt in ("", "Write a review."):  # nothing to part them by but what else they say
+            alike = [row | {"prompt": prompt} for row in said]
+            assert [len(rows) for rows in read_thumbs(Jsonl(write(alike), heldout=0.1))] == [18, 2]
+            assert [len(rows) for rows in read_thumbs(Jsonl(write(alike), split="all[:15]", heldout="all[15:]"))] == [
+                15,
+                5,
+            ]
 
     def test_what_is_wrong_is_one_line(self, write, tmp_path):
         path = write(pairs(10))

@@ -154,10 +154,12 @@ def test_completions_are_those_without(params, spec, options):
     np.testing.assert_allclose(other.logps, plain.logps, atol=1e-4)
 
 
-def test_completions_on_a_mesh_are_those_on_one_device(params):
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize(
+    ("mesh", "slots"), [(MeshConfig(data=2, fsdp=2, tensor=2), 16), (MeshConfig(data=1, fsdp=2, sequence=4), 4)]
+)
+def test_completions_on_a_mesh_are_those_on_one_device(params, mesh, slots):
     plain = completions(params, rows=48)
-    other = completions(params, rows=48, mesh=mesh, turns=Turns(16, 1), copies=3)
+    other = completions(params, rows=48, mesh=sharding.make_mesh(mesh), turns=Turns(slots, 1), copies=3)
     np.testing.assert_array_equal(other.tokens, plain.tokens)
     np.testing.assert_allclose(other.logps, plain.logps, atol=1e-4)
 

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms import best_of_n, ppo, reward_model, sft
 from rlhf_jax.config import Experiment, load_config
+from rlhf_jax.data.sources import FromStage, Mixture
 from rlhf_jax.errors import UserError
 from rlhf_jax.kl import FixedKL
+from rlhf_jax.rewards.lexical import Length
 from rlhf_jax.sweep.grid import groups, settings, short
 from tests.toys import ToyStage, experiment
 
@@ -56,6 +58,14 @@ def test_stages_that_do_not_see_the_varied_field_are_shared():
     assert [len({one.share(stage) for one in runs}) for stage in ("sft", "ppo")] == [2, 4]
     runs = settings(experiment(), 1, ["stages.sft.steps=3,4"])
     assert [len({one.share(stage) for one in runs}) for stage in ("sft", "ppo")] == [2, 2]
+
+
+def test_a_stage_depends_on_all_parts_of_its_mixture():
+    made = best_of_n.Config(policy="base", reward=Length())
+    both = sft.Config(data=Mixture((FromStage("a"), FromStage("b")), (1.0, 1.0)))
+    toy = experiment()
+    runs = settings(Experiment(toy.model, toy.data, {"a": made, "b": made, "both": both}), 1, ["stages.a.n=2,4"])
+    assert [len({one.share(stage) for one in runs}) for stage in ("a", "b", "both")] == [2, 1, 2]
 
 
 def test_a_reward_models_stage_is_not_shared_where_its_policy_varies():
