@@ -114,20 +114,26 @@ def run(
         return hosts.from_writer(lambda: _summary(workdir, draws=draws))
 
 
-def start_backend(mesh: MeshConfig) -> int:
+def start_backend(mesh: MeshConfig, *, in_threads: bool = False) -> int:
     """Set what JAX reads when it starts, unless the user has set it; returns the number of devices.
 
     Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU, each
-    process its part of them. Memory that is freed stays with the process.
+    process its part of them. Memory that is freed stays with the process: a single CPU's programs run in the thread
+    that calls them, and ask there for large pieces; `in_threads` says that this is not the main one.
     """
-    memory.keep_freed()
     settings: Any = jax.config  # its attributes are made at run time
+    flagged = (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or settings.jax_num_cpu_devices > 0
+    )
+    by_caller = not (in_threads or flagged or mesh.fixed_devices > 1 or "JAX_CPU_ENABLE_ASYNC_DISPATCH" in os.environ)
+    memory.keep_freed(one_pool=not by_caller)
+    if by_caller:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if mesh.fixed_devices > 1 and not flagged and settings.jax_num_cpu_devices < 1:
+    if mesh.fixed_devices > 1 and not flagged:
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
             jax.config.update("jax_num_cpu_devices", max(1, mesh.fixed_devices // hosts.count()))
     return jax.device_count()

@@ -101,7 +101,7 @@ def _split(mesh: MeshConfig, runs: Sequence[Setting], vmapped: bool | None) -> t
     cores = min(hosts.cores(), max(map(len, groups(runs))))
     spread = dataclasses.replace(mesh, replica=cores)
     may_spread = mesh.fixed_devices == 1 and not vmapped
-    devices = single.start_backend(spread if may_spread else mesh)
+    devices = single.start_backend(spread if may_spread else mesh, in_threads=True)
     vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
     if may_spread and not vmapped and jax.default_backend() == "cpu" and devices == cores:
         return Groups(spread, jax.devices()), vmapped
