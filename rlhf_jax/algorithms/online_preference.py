@@ -106,6 +106,10 @@ class Config(PolicyGradientConfig):
     def _of_fields(self) -> list[tuple[bool, str]]:
         return [
             (self.kl.coef <= 0, f"kl.coef={self.kl.coef} is the losses' β: it must be over 0"),
+            (
+                isinstance(self.kl, AdaptiveKL) and self.terms == tuple(self.losses),
+                "kl: AdaptiveKL moves the losses' β, and each of losses has its own or none: FixedKL, or beta=None",
+            ),
             (self.gamma != 1, f"gamma={self.gamma} is of rewards a token, which pairs have not: 1"),
             (self.shaping.whiten, "shaping.whiten is PPO's, of token rewards; pairs have none"),
             (

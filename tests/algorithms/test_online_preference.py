@@ -382,6 +382,10 @@ BAD = [
     ({"group_size": 4, "optimism": 0.1}, "group_size=4: second='reference' and optimism are of pairs"),
     ({"second": "reference", "placement": Colocated(("reference",))}, "second='reference' needs placement=Colocated"),
     ({"kl": FixedKL(0.0)}, "kl.coef=0.0 is the losses' β: it must be over 0"),
+    (
+        {"kl": AdaptiveKL(0.05, 1.0, 200), "losses": (Term("dpo", beta=0.2),)},
+        "kl: AdaptiveKL moves the losses' β, and each of losses has its own or none: FixedKL, or beta=None",
+    ),
     ({"gamma": 0.9}, "gamma=0.9 is of rewards a token"),
     ({"shaping": Shaping(whiten=True)}, "shaping.whiten is PPO's"),
 ]  # fmt: skip
