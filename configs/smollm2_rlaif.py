@@ -8,8 +8,8 @@ and pairs that it leaves at a half are dropped.
 
 So small a model is no judge: of 192 pairs, each asked for in both orders, it took the first place in every one (P(A)
 0.89 in the mean), and where the two orders were averaged it agreed with the gold classifier on 0.505, 95% interval
-0.435 to 0.575; the reward model of its pairs ranks held-out ones by 0.52, 0.38 to 0.65. The judge's probabilities are
-0.51 in the mean, so that the labels say next to nothing. That takes 6.5 minutes of processor time.
+0.435 to 0.575; the reward model of its pairs ranks held-out ones by 0.50, 0.38 to 0.65. The judge's probabilities are
+0.51 in the mean, so that the labels say next to nothing. That takes 6 minutes of one core.
 """
 
 from rlhf_jax.algorithms import ai_feedback, reward_model
