@@ -119,8 +119,9 @@ def completion_logits(
     spec: ModelSpec, config: Config, params: Params, batch: Rollout
 ) -> tuple[Float[Array, "b n v"], Routing | None]:
     """Logits that predict the completion's tokens, and what the routers of experts did."""
-    states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask)
-    return models.unembed(spec, params, states[:, config.prompt_length - 1 : -1]), routing
+    read = slice(config.prompt_length - 1, -1)
+    states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask, read=read)
+    return models.unembed(spec, params, states), routing
 
 
 def start(config: Config, context: Context, name: str) -> tuple[TrainState, Step]:

@@ -141,8 +141,9 @@ def read(packing: Packing | None, spec: ModelSpec, params: Params, batch: Rollou
     """The states of a transformer's own `params`: of rows as they are, or where `parts` has placed them."""
     b, t = batch.tokens.shape
     if batch.placed is None or packing is None:
-        states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask)
-        return Reading(states[:, prompt - 1 : -1], batch.tokens[:, prompt:], batch.mask, routing, None, (b, t))
+        read = slice(prompt - 1, -1)
+        states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask, read=read)
+        return Reading(states, batch.tokens[:, prompt:], batch.mask, routing, None, (b, t))
     states, mask, routing = _states(packing, spec, params, batch)
     shards, size = states.shape[:2]
     places, tokens, learnt = (x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask))

@@ -58,14 +58,14 @@ def completion_logps(
     """
     b, k, t = batch.tokens.shape
     tokens, mask, counted = (jnp.reshape(x, (b * k, t)) for x in (batch.tokens, batch.mask, batch.completion_mask))
-    states, routing = models.hidden_and_routing(spec, params, tokens, mask)
     if batch.longest is None:
+        states, routing = models.hidden_and_routing(spec, params, tokens, mask)
         logps = next_token_logps(models.unembed(spec, params, states), tokens)
         return sequence_logps(logps, counted).reshape(b, k), routing, mask
     columns = jnp.argmax(counted, axis=1)[:, None] + jnp.arange(batch.longest)
     at = jnp.clip(columns, 1, t - 1)
-    before = jnp.take_along_axis(states, at[..., None] - 1, axis=1)
-    logps = token_logps(models.unembed(spec, params, before), jnp.take_along_axis(tokens, at, axis=1))
+    states, routing = models.hidden_and_routing(spec, params, tokens, mask, read=at - 1)
+    logps = token_logps(models.unembed(spec, params, states), jnp.take_along_axis(tokens, at, axis=1))
     own = jnp.take_along_axis(counted, at, axis=1) & (columns == at)
     return sequence_logps(logps, own).reshape(b, k), routing, mask
 

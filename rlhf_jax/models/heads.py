@@ -45,9 +45,8 @@ def score(
     spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
 ) -> Float[Array, " b"]:
     """One score a sequence, read at its last kept token; float32, for any padding."""
-    states = transformer.hidden(spec, params["trunk"], tokens, mask)
     last = jnp.maximum(last_index(mask), 0)
-    return read_head(params, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
+    return read_head(params, transformer.hidden(spec, params["trunk"], tokens, mask, read=last[:, None])[:, 0])
 
 
 def scores_at(
@@ -58,16 +57,15 @@ def scores_at(
     ends: Int[ArrayLike, "b s"],
 ) -> Float[Array, "b s"]:
     """The head's outputs at some tokens of each row, such as those that end its steps; float32, for any padding."""
-    states = transformer.hidden(spec, params["trunk"], tokens, mask)
-    return read_head(params, jnp.take_along_axis(states, jnp.asarray(ends)[..., None], axis=1))
+    return read_head(params, transformer.hidden(spec, params["trunk"], tokens, mask, read=ends))
 
 
 def values(
     spec: ModelSpec, params: Params, tokens: Int[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
 ) -> Float[Array, "b t"]:
     """V before each token: entry t is the head's output at t − 1, entry 0 is 0; float32."""
-    outputs = read_head(params, transformer.hidden(spec, params["trunk"], tokens, mask))
-    return jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)))
+    outputs = read_head(params, transformer.hidden(spec, params["trunk"], tokens, mask, read=slice(None, -1)))
+    return jnp.pad(outputs, ((0, 0), (1, 0)))
 
 
 def read_head(params: Params, states: Float[Array, "*b d"]) -> Float[Array, "*b"]:

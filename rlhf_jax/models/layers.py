@@ -53,19 +53,23 @@ class Attention(nn.Module):
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, x_BTD, rope, attend_BTS, layer, keys, values, start):
-        """[B, T, D] -> [B, T, D], and the cache's keys and values with this layer's written from slot `start` on."""
+    def __call__(self, x_BTD, rope, attend_BTS, layer, keys, values, start, read=None):
+        """[B, T, D] -> [B, T, D], and the cache's keys and values with this layer's written from slot `start` on.
+
+        With `read` it is what the positions `picked` by that have read.
+        """
         s = self.spec
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        project = partial(dense, self, x=x_BTD, init=init, bias=s.qkv_bias)
-        q_BTNH = project("query", shape=(s.d_model, s.n_heads, s.head_dim), axes=("embed", "heads", None))
-        k_BTKH = project("key", shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
-        v_BTKH = project("value", shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
+        project = partial(dense, self, init=init, bias=s.qkv_bias)
+        query, attend_BTS = picked(x_BTD, read), picked(attend_BTS, read)
+        q_BTNH = project("query", x=query, shape=(s.d_model, s.n_heads, s.head_dim), axes=("embed", "heads", None))
+        k_BTKH = project("key", x=x_BTD, shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
+        v_BTKH = project("value", x=x_BTD, shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
         if s.qk_norm:
             q_BTNH = Norm(s.norm_eps, axis_name=None, name="query_norm")(q_BTNH)
             k_BTKH = Norm(s.norm_eps, axis_name=None, name="key_norm")(k_BTKH)
         if rope is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+            q_BTNH, k_BTKH = rotate(q_BTNH, tuple(picked(x, read) for x in rope)), rotate(k_BTKH, rope)
         q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         # Where rows are split along their length, this is what gathers the keys and values of the whole row.
         k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv", None) for x in (k_BTKH, v_BTKH))
@@ -154,15 +158,16 @@ class Block(nn.Module):
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, carry, layer, local, ropes, attends, start):
-        """(carry, layer, whether it is local) -> (carry, None), as a scan wants it."""
+    def __call__(self, carry, layer, local, ropes, attends, start, read=None):
+        """(carry, layer, whether it is local) -> (carry, None), as a scan wants it; `read` as `Attention` has it."""
         s = self.spec
         x_BTD, keys, values = carry
         norm = partial(Norm, s.norm_eps, s.norm)
         rope, attend_BTS = _of_kind(ropes, local), _of_kind(attends, local)
         attended, keys, values = Attention(s, name="attention")(
-            norm(name="attention_norm")(x_BTD), rope, attend_BTS, layer, keys, values, start
+            norm(name="attention_norm")(x_BTD), rope, attend_BTS, layer, keys, values, start, read
         )
+        x_BTD = picked(x_BTD, read)
         if s.post_norms:
             attended = norm(name="attention_post_norm")(attended)
         read = x_BTD if s.parallel else x_BTD + attended
@@ -173,6 +178,15 @@ class Block(nn.Module):
         x_BTD = x_BTD + attended + fed
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return (x_BTD, keys, values), None
+
+
+def picked(x: Any, read: slice | Array | None) -> Any:
+    """Some positions of each row, [B, T, …] -> [B, R, …]: those of a slice or of indices [B, R]; without `read` all."""
+    if read is None:
+        return x
+    if isinstance(read, slice):
+        return x[:, read]
+    return jnp.take_along_axis(x, read.reshape(*read.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def _of_kind(options: tuple[Any, ...], local: Any) -> Any:

@@ -16,7 +16,7 @@ from rlhf_jax.masking import positions as mask_positions
 from rlhf_jax.models.attention import Seen, placed, tokens_first
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.models.kv_cache import Cache
-from rlhf_jax.models.layers import ROUTER, Block, Norm, flat, look_up, named
+from rlhf_jax.models.layers import ROUTER, Block, Norm, flat, look_up, named, picked
 from rlhf_jax.models.pipeline import through_stages
 from rlhf_jax.models.rope import rope_table
 from rlhf_jax.models.spec import ModelSpec
@@ -35,8 +35,8 @@ class Transformer(nn.Module):
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, attends, cache: Cache | None = None):
-        """[B, T] tokens -> ([B, T, D] final hidden states, cache)."""
+    def __call__(self, tokens_BT, positions_BT, attends, cache: Cache | None = None, read=None):
+        """[B, T] tokens -> ([B, T, D] final hidden states, cache); of unrolled layers the states `picked` by `read`."""
         s = self.spec
         embedding = self.param(
             "embedding",
@@ -62,8 +62,8 @@ class Transformer(nn.Module):
         ropes, each = _ropes(s, positions_BT), (jnp.arange(s.n_layers), jnp.asarray(s.layer_kinds))
         keys, values = (None, None) if cache is None else (cache.keys, cache.values)
         start = None if cache is None else cache.length
-        if cache is not None and s.unrolled:
-            x_BTD, keys, values = self._one_by_one((x_BTD, keys, values), ropes, attends, start)
+        if s.unrolled and not (cache is None and read is None):
+            x_BTD, keys, values = self._one_by_one((x_BTD, keys, values), ropes, attends, start, read)
         elif splits("layers") == 1 or self.is_initializing():
             layers = _blocks(s, s.n_layers)(s, name="layers")
             (x_BTD, keys, values), _ = layers((x_BTD, keys, values), *each, ropes, attends, start)
@@ -74,13 +74,17 @@ class Transformer(nn.Module):
             cache = dataclasses.replace(cache, keys=keys, values=values, length=cache.length + tokens_BT.shape[1])
         return x_BTD, cache
 
-    def _one_by_one(self, carry, ropes, attends, start):
-        """The layers without a loop; of decoding weights each layer's lie apart, and none is cut out of the stack."""
+    def _one_by_one(self, carry, ropes, attends, start, read):
+        """The layers without a loop; of decoding weights each layer's lie apart, and none is cut out of the stack.
+
+        The last one computes what is `read` alone, but for keys and values, which are all positions'.
+        """
         s, layers = self.spec, self.get_variable("params", "layers")
         block: Any = Block(s, parent=None)
-        for layer, kind in enumerate(s.layer_kinds):
-            own = layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda x, i=layer: x[i], layers)
-            carry, _ = block.apply({"params": own}, carry, layer, kind, ropes, attends, start)
+        each = layers if isinstance(layers, tuple) else _unstacked(layers, s.n_layers)
+        for layer, (own, kind) in enumerate(zip(each, s.layer_kinds, strict=True)):
+            last = layer == s.n_layers - 1
+            carry, _ = block.apply({"params": own}, carry, layer, kind, ropes, attends, start, read if last else None)
         return carry
 
     def _in_stages(self, x_BTD, each, rows):
@@ -106,6 +110,13 @@ def _rows_of(table, index_BT):
     """Rows of a table that is split along both axes: looked up where they lie, then sent where they are read."""
     x_BTD = look_up(table, constrain(index_BT, "lookup", None))
     return constrain(constrain(x_BTD, "lookup", None, "embed"), "batch", None, None)
+
+
+def _unstacked(layers, number):
+    """Each layer's parameters, all cut out of the stack at once: the gradients are then laid together, not added up."""
+    leaves, tree = jax.tree.flatten(layers)
+    cut = [jax.lax.split(x, (1,) * number) for x in leaves]
+    return [tree.unflatten([jnp.squeeze(parts[layer], 0) for parts in cut]) for layer in range(number)]
 
 
 def _blocks(spec, length):
@@ -160,14 +171,20 @@ def hidden(
     mask: Bool[ArrayLike, "B T"] | None = None,
     *,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
-) -> Float[Array, "B T D"]:
+    read: slice | Int[ArrayLike, "B R"] | None = None,
+) -> Float[Array, "B R D"]:
     """Final hidden states of whole rows; the state at t has read tokens 0 … t.
 
     `mask` is False on padding, wherever that is: positions count kept tokens only, so left padding, right padding and
     packing give the same states. `segment_ids` (0 is padding) packs several texts into a row; none sees another.
+    `read` is the positions whose states are wanted, a slice or indices of each row; R is T without. Where layers are
+    unrolled the last one computes no more than these: all of it but keys and values.
     """
     inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
-    return placed(_apply(spec, params, *inputs)[0], back)[:, : tokens.shape[1]]
+    read = read if read is None or isinstance(read, slice) else jnp.asarray(read)
+    if read is not None and _reads_some(spec):
+        return _apply(spec, params, *inputs, None, read)[0]
+    return picked(placed(_apply(spec, params, *inputs)[0], back)[:, : tokens.shape[1]], read)
 
 
 def hidden_and_routing(
@@ -177,15 +194,25 @@ def hidden_and_routing(
     mask: Bool[ArrayLike, "B T"] | None = None,
     *,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], Routing | None]:
-    """`hidden`, and what the routers did in every layer, for `experts.with_load_balance`; None without experts."""
+    read: slice | Int[ArrayLike, "B R"] | None = None,
+) -> tuple[Float[Array, "B R D"], Routing | None]:
+    """`hidden`, and what the routers did in every layer at all positions, for `experts.with_load_balance`; None without
+    experts.
+    """
     if spec.experts is None:
-        return hidden(spec, params, tokens, mask, segment_ids=segment_ids), None
+        return hidden(spec, params, tokens, mask, segment_ids=segment_ids, read=read), None
     inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
     (states, _), left = _apply(spec, params, *inputs, mutable=[ROUTER])
     (routing,) = left[ROUTER]["layers"]["mlp"]["routing"]
     routing = jax.tree.map(jax.vmap(lambda x: placed(x, back)), routing)  # of each layer
-    return jax.tree.map(lambda x: x[..., : tokens.shape[1], :], (placed(states, back), routing))
+    states, routing = jax.tree.map(lambda x: x[..., : tokens.shape[1], :], (placed(states, back), routing))
+    return picked(states, read if read is None or isinstance(read, slice) else jnp.asarray(read)), routing
+
+
+def _reads_some(spec):
+    """Whether the last layer can do without some positions: no loop that it is a turn of, no rows divided or sorted."""
+    plain = spec.attention == "xla" and spec.remat == "none" and spec.experts is None
+    return plain and spec.unrolled and splits("layers") == splits("length") == 1
 
 
 def _whole_rows(spec, tokens, mask, segment_ids):

@@ -57,7 +57,7 @@ def judging_program(spec: ModelSpec, first: int, second: int) -> Callable[[Param
     """P(token `first`), of it and `second`, after rows padded on the left; compiled, of (params, tokens, mask)."""
 
     def program(params: Params, tokens: Array, mask: Array) -> Float[Array, " b"]:
-        last = models.hidden(spec, params, tokens, mask)[:, -1:]
+        last = models.hidden(spec, params, tokens, mask, read=slice(-1, None))
         logits = models.unembed(spec, params, last)[:, 0]
         return jax.nn.sigmoid(logits[:, first] - logits[:, second])
 

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from rlhf_jax import models, sharding
 from rlhf_jax.models import ModelSpec
 from rlhf_jax.models.spec import Experts, LinearRope
+from rlhf_jax.plan.flops import count
 from tests.models import reference
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -119,6 +121,43 @@ def test_packed_texts_do_not_see_each_other(variant):
     out = log_softmax(models.unembed(spec, params, hidden))[0]
     for i, text in enumerate(expected, start=1):
         np.testing.assert_allclose(out[segments == i], text, atol=1e-5)
+
+
+@pytest.mark.parametrize("read", [slice(2, -1), np.array([[7, 1, 1], [3, 8, 0], [2, 2, 2]])])
+def test_states_that_are_wanted_alone_are_those_of_whole_rows_and_so_are_gradients(variant, read):
+    spec, params, _ = variant
+    tokens, mask = left()
+    apart = dataclasses.replace(spec, unroll=spec.n_layers)
+
+    def states(spec, params, **which):
+        return models.hidden_and_routing(spec, params, tokens, mask, segment_ids=1 + (tokens > 40), **which)[0]
+
+    def whole(params):
+        found = states(spec, params)
+        return found[:, read] if isinstance(read, slice) else jnp.take_along_axis(found, read[..., None], axis=1)
+
+    def some(params):
+        return states(apart, params, read=read)
+
+    weights = RNG.normal(size=jax.eval_shape(whole, params).shape)
+    (expected, slopes), (found, own) = (
+        jax.jit(lambda p, f=f: (f(p), jax.grad(lambda p: jnp.sum(jnp.sin(f(p)) * weights))(p)))(params)
+        for f in (whole, some)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    chex.assert_trees_all_close(own, slopes, atol=2e-5, rtol=1e-4)
+
+
+def test_of_the_last_layer_what_is_not_read_is_not_computed():
+    spec, params = make(unroll=2)
+    tokens, mask = left()
+    work, part = (
+        count(jax.make_jaxpr(lambda p, read=read: models.hidden(spec, p, tokens, mask, read=read))(params)).total()
+        for read in (None, np.full((3, 1), WIDTH - 1))
+    )
+    d, a, f = spec.d_model, spec.n_heads * spec.head_dim, spec.d_ff
+    attention, products = 4 * WIDTH * a, 2 * (2 * d * a + 3 * d * f)  # of a query: scores and sums; q, out, and the MLP
+    assert work - part == 3 * (WIDTH - 1) * (attention + products)
 
 
 def test_the_cache_gives_the_numbers_of_whole_rows(variant):
