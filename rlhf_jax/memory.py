@@ -7,7 +7,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of mallopt, in glibc's ma
 
 
 def keep_freed(*, one_pool: bool) -> bool:
-    """Have malloc keep what is freed in the main thread's pool; whether it does, which is glibc's alone to do.
+    """Have malloc keep what is freed; whether it does, which is glibc's alone to do.
 
     Without, a large piece goes back to the system when it is freed, and the next call's is mapped and cleared anew, a
     page at a time: a fifth of the time of a training step of 3 million parameters on two cores.

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+from jax._src.xla_bridge import backends_are_initialized  # has no public name
 from jax.sharding import Mesh
 
 from rlhf_jax import checkpoint, hosts, memory, models, records, sharding
@@ -115,20 +116,22 @@ def run(
 
 
 def start_backend(mesh: MeshConfig, *, in_threads: bool = False) -> int:
-    """Set what JAX reads when it starts, unless the user has set it; returns the number of devices.
+    """Set what JAX reads when it starts; returns the number of devices.
 
-    Compiled programs are kept in the user's cache folder. A mesh of fixed size gets as many devices on a CPU, each
-    process its part of them. Memory that is freed stays with the process: a single CPU's programs run in the thread
-    that calls them, and ask there for large pieces; `in_threads` says that this is not the main one.
+    Compiled programs are kept in the user's cache folder, unless the user has named another. A mesh of fixed size gets
+    as many devices on a CPU, each process its part of them, unless a flag says how many. Memory that is freed stays
+    with the process. Where a process has one CPU device for itself, programs run in the thread that calls them, and ask
+    there for large pieces; `in_threads` says that this will not be the main one.
     """
     settings: Any = jax.config  # its attributes are made at run time
     flagged = (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or settings.jax_num_cpu_devices > 0
     )
-    by_caller = not (in_threads or flagged or mesh.fixed_devices > 1 or "JAX_CPU_ENABLE_ASYNC_DISPATCH" in os.environ)
-    memory.keep_freed(one_pool=not by_caller)
-    if by_caller:
+    alone = not flagged and mesh.fixed_devices == 1 and hosts.count() == 1
+    in_main = not in_threads and threading.current_thread() is threading.main_thread()
+    if alone and in_main and not backends_are_initialized():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    memory.keep_freed(one_pool=not in_main or jax.config.read("jax_cpu_enable_async_dispatch"))
     if settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -4,6 +4,7 @@ Shapes: B batch, T query positions, S key positions, D model, N query heads, K k
 L layers, E experts.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -170,9 +171,9 @@ class Block(nn.Module):
         x_BTD = picked(x_BTD, read)
         if s.post_norms:
             attended = norm(name="attention_post_norm")(attended)
-        read = x_BTD if s.parallel else x_BTD + attended
+        into_mlp = x_BTD if s.parallel else x_BTD + attended
         mlp = FeedForward if s.experts is None else ExpertsFeedForward
-        fed = mlp(s, name="mlp")(norm(name="mlp_norm")(read))
+        fed = mlp(s, name="mlp")(norm(name="mlp_norm")(into_mlp))
         if s.post_norms:
             fed = norm(name="mlp_post_norm")(fed)
         x_BTD = x_BTD + attended + fed
@@ -210,7 +211,7 @@ def kernel(module, name, init, axes, shape):
 def dense(module, name, *, x, shape, axes, init, bias, inputs=1):
     """The last `inputs` axes of x times a kernel."""
     x = to_weights(x, *axes[:inputs])
-    rows = flat(x.reshape(*x.shape[: x.ndim - inputs], -1))
+    rows = flat(x.reshape(*x.shape[: x.ndim - inputs], math.prod(shape[:inputs])))
     out = multiply(rows, kernel(module, name, init, axes, shape))
     if _has_adapter(module, name):
         out += _adapter(module, name, rows, shape, axes, inputs)

@@ -178,7 +178,8 @@ def hidden(
     `mask` is False on padding, wherever that is: positions count kept tokens only, so left padding, right padding and
     packing give the same states. `segment_ids` (0 is padding) packs several texts into a row; none sees another.
     `read` is the positions whose states are wanted, a slice or indices of each row; R is T without. Where layers are
-    unrolled the last one computes no more than these: all of it but keys and values.
+    unrolled, and neither kernels, experts, recomputation nor a mesh that divides rows or layers stand in the way, the
+    last one computes no more than these: all of it but keys and values.
     """
     inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
     read = read if read is None or isinstance(read, slice) else jnp.asarray(read)

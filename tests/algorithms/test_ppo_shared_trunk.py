@@ -42,7 +42,7 @@ CONFIG = ppo.Config(
 def start(folder, config, *, spec=SPEC, mesh=None):
     """The algorithm, a state whose head is not 0, what is frozen, and a batch of prompts."""
     mesh = sharding.single_device_mesh() if mesh is None else mesh
-    params = sharding.unbox(models.init(SPEC, jax.random.key(0)))
+    params = sharding.unbox(models.init(dataclasses.replace(spec, lora=None), jax.random.key(0)))
     context = Context(folder, 0, mesh, Pretrained(spec, params, None), None)
     own = context.policy_params("base")
     save_params(folder / "rm/params", sharding.unbox(models.init_with_head(spec, jax.random.key(3), own)))

@@ -89,8 +89,10 @@ def test_a_mesh_and_adapters_say_the_same(tmp_path):
 def test_a_forward_pass_of_the_policy_is_saved(tmp_path):
     """Three networks read 16 completions: with `sampled` the policy reads 2 of them, and the reference these twice."""
 
+    two = dataclasses.replace(SPEC, n_layers=2)  # of a single layer, which is unrolled, the reward reads its last token
+
     def work(config):
-        algorithm, state, frozen, prompts = start(tmp_path / config.old_logps, config)
+        algorithm, state, frozen, prompts = start(tmp_path / config.old_logps, config, spec=two)
         rollout = jax.eval_shape(algorithm.sample, behaviour(state.policy), frozen, prompts)
         traced = jax.jit(algorithm.score).trace(state.policy.params, frozen, rollout)
         return flops.count(traced.jaxpr).total()

@@ -15,7 +15,9 @@ from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop import Pretrained
 from tests.toys import SPEC
 
-SPEC = replace(SPEC, scale_embedding=False, tied=False)
+SPEC = replace(
+    SPEC, scale_embedding=False, tied=False, n_layers=2
+)  # of a single layer, which is unrolled, some is left out
 PPO = Work("tiny", "ppo", rows=4, prompt=4, completion=4, turns=1, epochs=2, minibatches=2)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

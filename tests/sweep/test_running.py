@@ -73,7 +73,7 @@ def stages(monkeypatch):
     made = Toys()
     monkeypatch.setitem(run.STAGES, ToyStage, made.train)
     monkeypatch.setattr(run.Context, "policy_params", lambda context, name: toys.read(context.stage_dir(name)))
-    monkeypatch.setattr(run, "start_backend", lambda mesh, in_threads: jax.device_count())
+    monkeypatch.setattr(run, "start_backend", lambda mesh, in_threads=False: jax.device_count())
     return made
 
 
