@@ -165,8 +165,9 @@ class HostReward:
         """Start the process, which finds the package where this one does and leaves the accelerators alone."""
         self._connection, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"}
-        # -P: the file's own folder has modules with names of packages. What the function prints goes to stderr.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(theirs.fileno())]
+        # -P: the file's own folder has modules with names of packages. What the function prints goes to stderr, at once
+        # (-u): the process is killed at the end.
+        command = [sys.executable, "-u", "-P", str(Path(__file__).with_name("worker.py")), str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=2, env=environment, pass_fds=[theirs.fileno()]

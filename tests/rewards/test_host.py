@@ -47,7 +47,8 @@ def test_scores_are_those_of_the_function_in_the_rows_order(tmp_path):
     np.testing.assert_array_equal(run(tmp_path, body), np.full(10, 15, np.float32))
 
 
-def test_globals_stay_and_what_is_printed_is_no_answer(tmp_path, capfd):
+def test_globals_stay_and_what_is_printed_is_no_answer(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     body = "print('hello from the reward')\ncalls.append(1)\nreturn [float(len(calls))] * len(prompts)"
     path = tmp_path / "mine.py"
     run(tmp_path, body)
