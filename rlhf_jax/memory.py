@@ -6,6 +6,12 @@ import platform
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of mallopt, in glibc's malloc.h
 
 
+def give_back() -> None:
+    """Once give back what is free, as after programs were compiled: that takes more than they do. With glibc alone."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed(*, one_pool: bool) -> bool:
     """Have malloc keep what is freed; whether it does, which is glibc's alone to do.
 

@@ -89,6 +89,11 @@ class Optimizer:
         """What a training state holds of a network: its parameters and their moments, of Muon's matrices one."""
         return self.weights + (2 if self.kind == "adamw" else 1)
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether, but for the gradient's norm, each number is updated by itself, however arrays are cut."""
+        return self.kind == "adamw" and self.master == "float32"
+
     def share(self, total_steps: int) -> optax.Schedule:
         """The schedule, as a share of the peak."""
         decay_steps = max(total_steps - self.warmup_steps, 1)

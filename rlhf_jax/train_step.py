@@ -1,8 +1,9 @@
 """One optimiser step: gradients of a loss, accumulated over microbatches, clipped and applied."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,33 @@ Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 """(state, batch, base) -> (state, metrics); a loop adds floats to these."""
 
 
-Parts = Callable[[Batch], tuple[jax.Array | int, Callable[[jax.Array], Batch]]]
-"""A batch to the number of its parts, and each part by its number."""
+class Parts(NamedTuple):
+    """A batch in parts, of which one is computed after the other."""
+
+    count: jax.Array | int
+    part: Callable[[jax.Array], tuple[jax.Array | int, Sequence[Batch]]]
+    """A part by its number, in each of the shapes that it may be computed in, and which of these fits."""
+
+    def summed(self, fn: Callable[[Batch, jax.Array], Any]) -> Any:
+        """The sum of fn(part, its number), each part computed in the shape that fits; later ones in the last shape."""
+
+        def one(index: jax.Array) -> Any:
+            which, shapes = self.part(index)
+            if len(shapes) == 1:
+                return fn(shapes[0], index)
+            return jax.lax.switch(which, [partial(fn, shape, index) for shape in shapes])
+
+        def later(index: jax.Array, sums: Any) -> Any:
+            return jax.tree.map(jnp.add, sums, fn(self.part(index)[1][-1], index))
+
+        if isinstance(self.count, jax.Array):  # seldom more than one: there is nothing to clear and to add to
+            return jax.lax.fori_loop(1, self.count, later, one(jnp.int32(0)))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
+        return jax.lax.fori_loop(0, self.count, later, zeros)
+
+
+InParts = Callable[[Batch], Parts]
+"""A batch to its parts."""
 
 
 def make_train_step(
@@ -31,7 +57,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
-    parts: Parts | None = None,
+    parts: InParts | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Build (state, batch, base={}) -> (state, metrics) from a loss that returns an undivided `Mean` and a dict.
 
@@ -57,13 +83,8 @@ def make_train_step(
 
         if parts is None and num_microbatches == 1:
             return gradient(batch, key)
-        count, part = _microbatches(batch, num_microbatches) if parts is None else parts(batch)
-
-        def one(index: jax.Array) -> tuple[Params, Mean, dict[str, Mean]]:
-            return gradient(part(index), jax.random.fold_in(key, index))
-
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
-        return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), zeros)
+        of_batch = _microbatches(batch, num_microbatches) if parts is None else parts(batch)
+        return of_batch.summed(lambda part, index: gradient(part, jax.random.fold_in(key, index)))
 
     def train_step(state: TrainState, batch: Batch, base: Params = _NO_BASE) -> tuple[TrainState, Metrics]:
         grads, loss, means = accumulate(state, batch, base)
@@ -80,9 +101,9 @@ def make_train_step(
     return train_step
 
 
-def _microbatches(batch: Batch, number: int) -> tuple[int, Callable[[jax.Array], Batch]]:
+def _microbatches(batch: Batch, number: int) -> Parts:
     split = _split(batch, number)
-    return number, lambda index: jax.tree.map(lambda x: jnp.asarray(x)[index], split)
+    return Parts(number, lambda index: (0, [jax.tree.map(lambda x: jnp.asarray(x)[index], split)]))
 
 
 def _rounded(wide: Params, like: Params, key: Key) -> Params:

@@ -94,6 +94,7 @@ class Rollout(flax.struct.PyTreeNode):
         default=None
     )  # optimiser steps that the behaviour policy had taken
     placed: Int[Array, "b t"] = flax.struct.field(default=None)  # where tokens lie in a part
+    laid: int = flax.struct.field(pytree_node=False, default=0)  # longer rows of that part
     stopped: Bool[Array, " b"] = flax.struct.field(default=None)  # whether a stop string ended it; None: there are none
     read_mask: Bool[Array, "b t"] = flax.struct.field(default=None)  # of completions what a reward reads; None: all
 

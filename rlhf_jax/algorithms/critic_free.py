@@ -14,7 +14,16 @@ from rlhf_jax import guard
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
-from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, first_moments, policy_state, with_scores
+from rlhf_jax.algorithms.policy_state import (
+    PolicyState,
+    averaged,
+    copied,
+    first_moments,
+    may_lie_apart,
+    over_steps,
+    policy_state,
+    with_scores,
+)
 from rlhf_jax.normalizer import Moments
 from rlhf_jax.types import Metrics, Rollout, TrainState
 
@@ -67,7 +76,8 @@ class CriticFree(PolicyGradient):
             policy, stopped, metrics = self.policy_update(*carry, jax.tree.map(lambda x: x[some], units), frozen)
             return (policy, stopped), metrics
 
-        (policy, _), metrics = jax.lax.scan(step, (start, jnp.zeros((), bool)), order)
+        apart = may_lie_apart(self, self.config.optimizer)
+        (policy, _), metrics = over_steps(step, (start, jnp.zeros((), bool)), order, apart=apart)
         metrics = guard.over_steps(metrics)
         return state.replace(policy=policy), {
             "ratio_deviation": deviation,

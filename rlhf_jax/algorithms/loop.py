@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import jax
 from jaxtyping import Array
 
-from rlhf_jax import checkpoint, hosts, lockstep, sharding
+from rlhf_jax import checkpoint, hosts, lockstep, memory, sharding
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.errors import NonFiniteError, Stopped
 from rlhf_jax.metrics import MetricsWriter, Progress
@@ -143,6 +143,8 @@ class Loop:
             return
         step, metrics, ((began, _), *steps) = self._pending
         self._pending = None
+        if step == self._first + 1:
+            memory.give_back()  # what compiling it took
         rate = sum(int(tokens) for _, tokens in steps) / max(steps[-1][0] - began, 1e-9)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         in_row, given_up = int(values.pop("skipped_in_row", 0)), values.pop("given_up", 0) > 0

@@ -1,14 +1,14 @@
 """Completions of a minibatch laid end to end in longer rows, so that little padding is computed (Krell et al. 2021).
 
-A part is a few such rows, of one shape; a minibatch takes as many parts as its tokens fill, and its gradient is their
-sum. Rows stay whole, and a loss reads them as it always does: only states, and what is made of them, are computed where
-the tokens were laid. Each of the batch's shards lays its own rows.
+A part is a few such rows, of one of a few shapes; a minibatch takes as many parts as its tokens fill, and its gradient
+is their sum. Rows stay whole, and a loss reads them as it always does: only states, and what is made of them, are
+computed where the tokens were laid. Each of the batch's shards lays its own rows.
 
 Shapes: b rows of a minibatch, u units of them that stay together, t tokens, d the batch's shards, l tokens of a longer
 row, w tokens of a shard's part, c completion tokens of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
+from rlhf_jax.lockstep import any_replica
 from rlhf_jax.masking import last_index, positions
-from rlhf_jax.models import ModelSpec
+from rlhf_jax.models import Among, ModelSpec
 from rlhf_jax.numerics import require
 from rlhf_jax.sharding import constrain, splits
+from rlhf_jax.train_step import Parts
 from rlhf_jax.types import Params, Rollout
 
 
@@ -30,29 +32,39 @@ class Packing:
 
     rows: int = 4
     """Longer rows in a part, on each of the batch's shards."""
+    fewer: tuple[int, ...] = ()
+    """Smaller numbers of rows, one of which a part has where its completions fill no more; each is compiled of its own:
+    about half of `rows` and three quarters save most of the padding, for two more programs."""
     length: int = 2
     """How often the longest prompt and completion fit in one."""
     completions: float = 1.0
-    """Largest share of its tokens that are completions; so much of it reaches the vocabulary."""
+    """Largest share of a part's tokens that are completions; so much of it reaches the vocabulary."""
 
     def __post_init__(self) -> None:
         require("packing.rows", self.rows, "[1, inf)")
         require("packing.length", self.length, "[1, inf)")
         require("packing.completions", self.completions, "(0, 1]")
+        if any(not 1 <= rows < self.rows for rows in self.fewer):
+            raise ValueError(f"packing.fewer={self.fewer} must be numbers from 1 to below packing.rows={self.rows}")
 
-    def room(self, width: int) -> int:
-        """Tokens of completions in a longer row of so many tokens."""
-        return int(self.completions * width + 1e-6)  # 0.7 · 30 is below 21
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of rows that a part may have, the smallest first."""
+        return (*sorted(set(self.fewer)), self.rows)
+
+    def room(self, rows: int, width: int) -> int:
+        """Tokens of completions in a part of so many longer rows of so many tokens."""
+        return int(self.completions * rows * width + 1e-6)  # 0.7 · 30 is below 21
 
     def check(self, prompt_length: int, completion_tokens: int, *, together: int = 1) -> None:
-        """Raise ValueError unless the longest completions that a step takes `together` fit in a row."""
+        """Raise ValueError unless the longest completions that a step takes `together` fit in a part."""
         if self.length < together:
             raise ValueError(f"packing.length={self.length} must be at least {together}: pairs are laid together")
-        room = self.room(self.length * (prompt_length + completion_tokens))
+        room = self.room(self.rows, self.length * (prompt_length + completion_tokens))
         if room < together * completion_tokens:
             raise ValueError(
-                f"packing.completions={self.completions} of {self.length} longest rows is {room} tokens: less than "
-                f"{together} of completion_tokens={completion_tokens}"
+                f"packing.completions={self.completions} of {self.rows * self.length} longest rows is {room} tokens: "
+                f"less than {together} of completion_tokens={completion_tokens}"
             )
 
 
@@ -80,10 +92,8 @@ class Reading(NamedTuple):
         return laid_out.reshape(self.shape)[:, prompt:]
 
 
-def parts(
-    packing: Packing, batch: Rollout, learnt: Bool[Array, "*b t"]
-) -> tuple[Int[Array, ""], Callable[[Array], Rollout]]:
-    """How many parts a minibatch takes, and each by its number: the minibatch, with its other rows masked.
+def parts(packing: Packing, batch: Rollout, learnt: Bool[Array, "*b t"]) -> Parts:
+    """A minibatch in parts: of each the minibatch with its other rows masked, in all shapes that it may have.
 
     `learnt` are the tokens that are learnt from: rows without any take no room. Rows of a pair, [b / 2, 2, t], stay in
     one part.
@@ -102,16 +112,21 @@ def parts(
     place = first.reshape(-1, 1) + positions(mask)
     number = jnp.repeat(bins.reshape(-1) // packing.rows, together)
 
-    def part(index: Array) -> Rollout:
+    def part(index: Array) -> tuple[Array | int, Sequence[Rollout]]:
         inside = mask & (number == index)[:, None]
         placed = jnp.where(inside, place, packing.rows * width).reshape(shape)
-        return batch.replace(
+        rows = jnp.where(inside, place // width + 1, 0).max()
+        completions = jnp.where(inside, learnt, False).reshape(len(used), -1).sum(-1).max()
+        small = [(rows > size) | (completions > packing.room(size, width)) for size in packing.sizes[:-1]]
+        which = sum((any_replica(too).astype(jnp.int32) for too in small), jnp.int32(0))
+        one = batch.replace(
             prompt_mask=batch.prompt_mask & inside.reshape(shape),
             completion_mask=batch.completion_mask & inside.reshape(shape),
             placed=placed,
         )
+        return which, [one.replace(laid=size) for size in packing.sizes]
 
-    return -(-used.max() // packing.rows), part
+    return Parts(-(-used.max() // packing.rows), part)
 
 
 def _shards(rows: int) -> int:
@@ -123,16 +138,20 @@ def _laid(
     packing: Packing, sizes: Int[Array, " u"], completions: Int[Array, " u"], *, width: int
 ) -> tuple[Int[Array, " u"], Int[Array, " u"], Int[Array, ""]]:
     """Of each unit its bin and where it begins there, and how many bins are used: first fit, the longest first."""
-    room = jnp.full(len(sizes), width), jnp.full(len(sizes), packing.room(width))
+    units, room = len(sizes), packing.room(packing.rows, width)
+    parts = units if packing.completions < 1 else -(-units // packing.rows)  # of which one may hold one unit alone
+    free = jnp.full((parts, packing.rows), width), jnp.full(parts, room)
     order = jnp.argsort(-sizes)
 
     def lay(free: tuple[Array, Array], unit: Array) -> Any:
-        fits = (free[0] >= sizes[unit]) & (free[1] >= completions[unit])
+        fits = (free[0] >= sizes[unit]) & (free[1] >= completions[unit])[:, None]
         which = jnp.argmax(fits)
-        start = width - free[0][which]
-        return (free[0].at[which].add(-sizes[unit]), free[1].at[which].add(-completions[unit])), (which, start)
+        part, row = which // packing.rows, which % packing.rows
+        start = width - free[0][part, row]
+        taken = free[0].at[part, row].add(-sizes[unit]), free[1].at[part].add(-completions[unit])
+        return taken, (which, start)
 
-    _, (bins, starts) = jax.lax.scan(lay, room, order)
+    _, (bins, starts) = jax.lax.scan(lay, free, order)
     back = jnp.argsort(order)
     return bins[back], starts[back], jnp.max(jnp.where(sizes[order] > 0, bins, -1)) + 1
 
@@ -144,57 +163,55 @@ def read(packing: Packing | None, spec: ModelSpec, params: Params, batch: Rollou
         read = slice(prompt - 1, -1)
         states, routing = models.hidden_and_routing(spec, params, batch.tokens, batch.mask, read=read)
         return Reading(states, batch.tokens[:, prompt:], batch.mask, routing, None, (b, t))
-    states, mask, routing = _states(packing, spec, params, batch)
-    shards, size = states.shape[:2]
+    shards, size = _shards(b), batch.laid * packing.length * t
     places, tokens, learnt = (x.reshape(shards, -1) for x in (batch.placed, batch.tokens, batch.completion_mask))
-    kept = packing.rows * packing.room(packing.length * t)
+    kept = packing.room(batch.laid, packing.length * t)
     where = jax.vmap(lambda x: jnp.nonzero(x, size=kept, fill_value=b // shards * t)[0])(learnt)
     at = jnp.minimum(where, b // shards * t - 1)
-    before = _of_each(places, at) - 1
-    return Reading(_of_each(states, jnp.clip(before, 0, size - 1)), _of_each(tokens, at), mask, routing, where, (b, t))
+    before = jnp.clip(_of_each(places, at) - 1, 0, size - 1)
+    states, mask, routing = _states(packing, spec, params, batch, before)
+    return Reading(states, _of_each(tokens, at), mask, routing, where, (b, t))
 
 
 def at_last(
     packing: Packing, spec: ModelSpec, params: Params, batch: Rollout, mask: Bool[Array, "b t"]
 ) -> Float[Array, "b D"]:
     """The states of a transformer's own `params` at each row's last token of `mask`; of rows of other parts, any."""
-    states, *_ = _states(packing, spec, params, batch)
-    shards, size = states.shape[:2]
     last = jnp.take_along_axis(batch.placed, jnp.maximum(last_index(mask), 0)[:, None], axis=1)
-    return _of_each(states, jnp.minimum(last, size - 1).reshape(shards, -1)).reshape(len(mask), -1)
+    size = batch.laid * packing.length * mask.shape[1]
+    states, *_ = _states(packing, spec, params, batch, jnp.minimum(last, size - 1).reshape(_shards(len(mask)), -1))
+    return states.reshape(len(mask), -1)
 
 
 def summed(packing: Packing, fn: Callable[[Rollout], Any], batch: Rollout) -> Any:
     """fn(batch) for a row-wise function, computed for a part at a time: of a row that is not there it is not asked."""
-    count, part = parts(packing, batch, batch.completion_mask)
+    laid = parts(packing, batch, batch.completion_mask)
 
-    def one(index: Array) -> Any:
-        rows = part(index)
+    def one(rows: Rollout, index: Array) -> Any:
+        del index
         there = rows.mask.any(-1)
         return jax.tree.map(lambda x: jnp.where(there.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), fn(rows))
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
-    return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), zeros)
+    return laid.summed(one)
 
 
 def _states(
-    packing: Packing, spec: ModelSpec, params: Params, batch: Rollout
-) -> tuple[Float[Array, "d w D"], Bool[Array, "r l"], Any]:
-    """A transformer's states where tokens were laid; what of the longer rows is read, and where it was routed."""
+    packing: Packing, spec: ModelSpec, params: Params, batch: Rollout, read: Int[Array, "d c"]
+) -> tuple[Float[Array, "d c D"], Bool[Array, "r l"], Any]:
+    """A transformer's states at places where tokens were laid; what of the longer rows is read, where it was routed."""
     b, t = batch.tokens.shape
     width, shards = packing.length * t, _shards(b)
-    size = packing.rows * width
     row = jnp.arange(b // shards).repeat(t) + 1
 
     def lay(place: Array, tokens: Array) -> tuple[Array, Array]:
-        empty = jnp.zeros(size, jnp.int32)
+        empty = jnp.zeros(batch.laid * width, jnp.int32)
         return empty.at[place].set(tokens, mode="drop"), empty.at[place].set(row, mode="drop")
 
     laid = jax.vmap(lay)(batch.placed.reshape(shards, -1), batch.tokens.reshape(shards, -1))
     tokens, segments = (constrain(x.reshape(-1, width), "batch", None) for x in laid)
     mask = segments > 0
-    states, routing = models.hidden_and_routing(spec, params, tokens, mask, segment_ids=segments)
-    return states.reshape(shards, size, -1), mask, routing
+    states, routing = models.hidden_and_routing(spec, params, tokens, mask, segment_ids=segments, read=Among(read))
+    return states, mask, routing
 
 
 def _of_each(x: Array, index: Array) -> Array:

@@ -38,7 +38,7 @@ from rlhf_jax.optim import Optimizer
 from rlhf_jax.placement import Colocated
 from rlhf_jax.rewards.shaping import Shaping, shape_scores
 from rlhf_jax.sampling import Stops, ended, generate
-from rlhf_jax.train_step import Parts, Step, in_parts, keep_if, make_train_step
+from rlhf_jax.train_step import InParts, Step, in_parts, keep_if, make_train_step
 from rlhf_jax.types import Key, LossFn, Mean, Metrics, Params, Rollout, TrainState
 
 _TEXTS = 2**31 - 2  # of a step's keys: no microbatch has this index
@@ -198,7 +198,7 @@ class PolicyGradient(ABC):
             loss_fn, self.policy_optimizer, num_microbatches=c.num_microbatches, parts=self.parts_of_step()
         )
 
-    def parts_of_step(self) -> Parts | None:
+    def parts_of_step(self) -> InParts | None:
         """How a minibatch is laid in parts, where it is."""
         packing = self.config.packing
         if packing is None:

@@ -1,6 +1,8 @@
 """What changes while a policy learns from its own completions, and how it begins."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,9 +11,10 @@ import jax.numpy as jnp
 from rlhf_jax import kl, models, normalizer
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient
-from rlhf_jax.models import lora
+from rlhf_jax.models import lora, stacking
 from rlhf_jax.models.heads import HEAD, box
 from rlhf_jax.normalizer import Moments
+from rlhf_jax.optim import Optimizer
 from rlhf_jax.rewards.shaping import Shaping
 from rlhf_jax.train_step import sharded_state
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState
@@ -32,6 +35,20 @@ class PolicyState(flax.struct.PyTreeNode):
         """The policy's own parameters that a stage ends with, without a value head."""
         params = self.policy.params if self.average is None else self.average
         return {name: part for name, part in params.items() if name != HEAD}
+
+
+def over_steps(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, rows: Any, *, apart: bool) -> tuple[Any, Any]:
+    """`jax.lax.scan`; `apart`: layers lie apart from the first step to the last, so that no step cuts its weights out
+    of stacks and lays their gradients together.
+    """
+    state, found = jax.lax.scan(step, stacking.apart(state) if apart else state, rows)
+    return stacking.together(state) if apart else state, found
+
+
+def may_lie_apart(algorithm: PolicyGradient, *optimizers: Optimizer) -> bool:
+    """Whether layers may in `over_steps`: for the models, what updates them, and what holds their parameters."""
+    held = algorithm.config.ewc is not None
+    return not held and stacking.may_lie_apart(algorithm.spec) and all(one.elementwise for one in optimizers)
 
 
 def copied(params: Params) -> Params:

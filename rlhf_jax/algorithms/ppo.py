@@ -24,7 +24,16 @@ from rlhf_jax.algorithms.context import Context, Role, copies, named
 from rlhf_jax.algorithms.iterations import Frozen
 from rlhf_jax.algorithms.onpolicy import SharedTrunk, ValueHead
 from rlhf_jax.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
-from rlhf_jax.algorithms.policy_state import PolicyState, averaged, copied, first_moments, policy_state, with_scores
+from rlhf_jax.algorithms.policy_state import (
+    PolicyState,
+    averaged,
+    copied,
+    first_moments,
+    may_lie_apart,
+    over_steps,
+    policy_state,
+    with_scores,
+)
 from rlhf_jax.algorithms.replay import Replay
 from rlhf_jax.algorithms.rollouts import old_logps
 from rlhf_jax.logprobs import entropy
@@ -193,7 +202,8 @@ class Algorithm(PolicyGradient):
             return (state.replace(policy=policy, critic=critic), stopped), (policy_metrics, critic_metrics)
 
         deviation = self.deviation(state.policy, frozen, jax.tree.map(lambda x: x[rows[0]], rollout))
-        (state, _), (policy, critic) = jax.lax.scan(step, (state, jnp.zeros((), bool)), rows)
+        apart = may_lie_apart(self, c.optimizer, c.critic_optimizer)
+        (state, _), (policy, critic) = over_steps(step, (state, jnp.zeros((), bool)), rows, apart=apart)
         policy, critic = guard.over_steps(policy), guard.over_steps(critic)
         apart = {} if c.shared else {"value_loss": critic["loss"], "critic_grad_norm": critic["grad_norm"]}
         return state, {

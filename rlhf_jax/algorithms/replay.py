@@ -56,7 +56,7 @@ def joined(newest: Rollout, older: Rollout) -> Rollout:
         both = jnp.concatenate([vars(newest)[name], vars(older)[name]])
         return sharding.constrain(both, "batch", *[None] * (both.ndim - 1))
 
-    return Rollout(**{name: one(name) for name in (*_TOKENS, *_ROWS)})
+    return Rollout(**{name: one(name) for name in (*_TOKENS, *_ROWS)})  # pyright: ignore[reportArgumentType]  # arrays
 
 
 def without_oldest(rollouts: Rollout, config: Replay) -> Rollout:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import sharding
+from rlhf_jax import memory, sharding
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.bench import machine
 from rlhf_jax.bench.tasks import TASKS, Task
@@ -46,8 +46,10 @@ def main(path: str) -> None:
 
 def measure(task: Task, turns: int) -> dict[str, Any]:
     """Seconds of a turn and what it did in them, memory, and what the machine could do just then."""
-    _timed(task.turn, WARM)
+    _timed(task.turn, 1)
     compiling = machine.peak_memory()
+    memory.give_back()  # as a stage does after its first step
+    _timed(task.turn, WARM - 1)
     machine.forget_peak()
     seconds, learnt = _timed(task.turn, turns)
     found = {

@@ -4,12 +4,14 @@ Shapes: B batch, T query positions, S key positions, N query heads, K key/value 
 H head.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Int
 
 from rlhf_jax import sharding
@@ -89,11 +91,28 @@ def attend(spec: ModelSpec, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen: A
     if isinstance(seen, Seen):
         return _by_kernel(spec, q_BTNH, k_BSKH, v_BSKH, seen)
     # As over a cache: with a head's tokens together the backward pass takes two thirds of the time on a CPU.
-    return attend_cache(spec, q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), seen)
+    return _attended(spec, q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), seen)
 
 
 def attend_cache(spec, q_BTNH, k_BKSH, v_BKSH, attend_BTS):
     """The same over keys and values that lie as a cache has them (`kv_cache.Entries` of a layer)."""
+    products = partial(_attended, spec)
+    # In one function with them a cache of a single row is written twice a token, into a copy for these products.
+    inputs = q_BTNH, k_BKSH, v_BKSH, attend_BTS
+    return jax.lax.platform_dependent(*inputs, cpu=made_once(products), default=products)
+
+
+def made_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which XLA's CPU compiler shall neither take into others nor make twice."""
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(fn)(*args)
+
+    return call
+
+
+def _attended(spec, q_BTNH, k_BKSH, v_BKSH, attend_BTS):
     b, t, n, h = q_BTNH.shape
     (k_BKSH, k_scale), (v_BKSH, v_scale) = (kv_cache.opened(x, q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
     groups = (b, spec.n_kv_heads, n // spec.n_kv_heads, t)  # G query heads read each head of keys

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from rlhf_jax import sharding
-from rlhf_jax.models import quantized, transformer
+from rlhf_jax.models import quantized, stacking, transformer
 from rlhf_jax.models.heads import HEAD, init_with_head
 from rlhf_jax.models.perturbed import HEAD_AXES, Perturbed, Policy
 from rlhf_jax.models.quantized import Quantized
@@ -47,8 +47,7 @@ def decoding_weights(spec: ModelSpec, params: Params) -> Params:
     params = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     if not spec.unrolled:
         return params
-    layers = tuple(jax.tree.map(lambda x, i=layer: x[i], params["layers"]) for layer in range(spec.n_layers))
-    return {**params, "layers": layers}
+    return stacking.apart(params)
 
 
 def _is_box(leaf: object) -> bool:

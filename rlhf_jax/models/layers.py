@@ -7,12 +7,12 @@ L layers, E experts.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from rlhf_jax.models import kv_cache
 from rlhf_jax.models.attention import Seen, attend, attend_cache
@@ -21,6 +21,7 @@ from rlhf_jax.models.quantized import Quantized, cast, multiply
 from rlhf_jax.models.rope import rotate
 from rlhf_jax.models.spec import ModelSpec
 from rlhf_jax.sharding import constrain, splits, to_weights
+from rlhf_jax.types import ArrayLike
 
 ACTIVATIONS = {"silu": nn.silu, "gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
 ROUTER = "router"
@@ -62,7 +63,8 @@ class Attention(nn.Module):
         s = self.spec
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         project = partial(dense, self, init=init, bias=s.qkv_bias)
-        query, attend_BTS = picked(x_BTD, read), picked(attend_BTS, read)
+        asked = None if isinstance(read, Among) else read  # of these a row may have any number: all of it asks
+        query, attend_BTS = picked(x_BTD, asked), picked(attend_BTS, asked)
         q_BTNH = project("query", x=query, shape=(s.d_model, s.n_heads, s.head_dim), axes=("embed", "heads", None))
         k_BTKH = project("key", x=x_BTD, shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
         v_BTKH = project("value", x=x_BTD, shape=(s.d_model, s.n_kv_heads, s.head_dim), axes=("embed", "kv", None))
@@ -70,7 +72,7 @@ class Attention(nn.Module):
             q_BTNH = Norm(s.norm_eps, axis_name=None, name="query_norm")(q_BTNH)
             k_BTKH = Norm(s.norm_eps, axis_name=None, name="key_norm")(k_BTKH)
         if rope is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, tuple(picked(x, read) for x in rope)), rotate(k_BTKH, rope)
+            q_BTNH, k_BTKH = rotate(q_BTNH, tuple(picked(x, asked) for x in rope)), rotate(k_BTKH, rope)
         q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         # Where rows are split along their length, this is what gathers the keys and values of the whole row.
         k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv", None) for x in (k_BTKH, v_BTKH))
@@ -86,6 +88,7 @@ class Attention(nn.Module):
             else:
                 k_BKSH, v_BKSH = (kv_cache.of_layer(cached, layer) for cached in (keys, values))
                 out_BTNH = attend_cache(s, q_BTNH, k_BKSH, v_BKSH, attend_BTS)
+        out_BTNH = out_BTNH if asked is read else picked(out_BTNH, read)
         shape, axes = (s.n_heads, s.head_dim, s.d_model), ("heads", None, "embed")
         out_init = nn.initializers.variance_scaling(
             1.0 / (2 * s.n_layers), "fan_in", "normal", in_axis=(0, 1), out_axis=2
@@ -181,13 +184,25 @@ class Block(nn.Module):
         return (x_BTD, keys, values), None
 
 
-def picked(x: Any, read: slice | Array | None) -> Any:
-    """Some positions of each row, [B, T, …] -> [B, R, …]: those of a slice or of indices [B, R]; without `read` all."""
+class Among(NamedTuple):
+    """Positions of a batch that are counted through all rows of each of its shards, one after another."""
+
+    index: Int[Array, "d c"]
+
+
+Read = slice | ArrayLike | Among
+"""Which positions are wanted: a slice or indices [B, R] of each row, or some among all rows'."""
+
+
+def picked(x: Any, read: Read | None) -> Any:
+    """Some positions of each row, [B, T, …] -> [B, R, …], or among all rows, -> [d, c, …]; without `read` all."""
     if read is None:
         return x
     if isinstance(read, slice):
         return x[:, read]
-    return jnp.take_along_axis(x, read.reshape(*read.shape, *(1,) * (x.ndim - 2)), axis=1)
+    index = read.index if isinstance(read, Among) else jnp.asarray(read)
+    x = x.reshape(len(index), -1, *x.shape[2:])
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def _of_kind(options: tuple[Any, ...], local: Any) -> Any:

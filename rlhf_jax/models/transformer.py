@@ -9,17 +9,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.masking import positions as mask_positions
-from rlhf_jax.models.attention import Seen, placed, tokens_first
+from rlhf_jax.models.attention import Seen, made_once, placed, tokens_first
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.models.kv_cache import Cache
-from rlhf_jax.models.layers import ROUTER, Block, Norm, flat, look_up, named, picked
+from rlhf_jax.models.layers import ROUTER, Block, Norm, Read, flat, look_up, named, picked
 from rlhf_jax.models.pipeline import through_stages
 from rlhf_jax.models.rope import rope_table
 from rlhf_jax.models.spec import ModelSpec
+from rlhf_jax.models.stacking import LAYERS, unstacked
 from rlhf_jax.sharding import constrain, splits, to_weights
 from rlhf_jax.types import ArrayLike, Key, Params
 
@@ -62,7 +62,8 @@ class Transformer(nn.Module):
         ropes, each = _ropes(s, positions_BT), (jnp.arange(s.n_layers), jnp.asarray(s.layer_kinds))
         keys, values = (None, None) if cache is None else (cache.keys, cache.values)
         start = None if cache is None else cache.length
-        if s.unrolled and not (cache is None and read is None):
+        apart = isinstance(self.get_variable("params", LAYERS), tuple)
+        if apart or (s.unrolled and not (cache is None and read is None)):
             x_BTD, keys, values = self._one_by_one((x_BTD, keys, values), ropes, attends, start, read)
         elif splits("layers") == 1 or self.is_initializing():
             layers = _blocks(s, s.n_layers)(s, name="layers")
@@ -75,13 +76,13 @@ class Transformer(nn.Module):
         return x_BTD, cache
 
     def _one_by_one(self, carry, ropes, attends, start, read):
-        """The layers without a loop; of decoding weights each layer's lie apart, and none is cut out of the stack.
+        """The layers without a loop; where each layer's lie apart, as decoding has them, none is cut out of a stack.
 
         The last one computes what is `read` alone, but for keys and values, which are all positions'.
         """
-        s, layers = self.spec, self.get_variable("params", "layers")
+        s, layers = self.spec, self.get_variable("params", LAYERS)
         block: Any = Block(s, parent=None)
-        each = layers if isinstance(layers, tuple) else _unstacked(layers, s.n_layers)
+        each = layers if isinstance(layers, tuple) else unstacked(layers)
         for layer, (own, kind) in enumerate(zip(each, s.layer_kinds, strict=True)):
             last = layer == s.n_layers - 1
             carry, _ = block.apply({"params": own}, carry, layer, kind, ropes, attends, start, read if last else None)
@@ -112,13 +113,6 @@ def _rows_of(table, index_BT):
     return constrain(constrain(x_BTD, "lookup", None, "embed"), "batch", None, None)
 
 
-def _unstacked(layers, number):
-    """Each layer's parameters, all cut out of the stack at once: the gradients are then laid together, not added up."""
-    leaves, tree = jax.tree.flatten(layers)
-    cut = [jax.lax.split(x, (1,) * number) for x in leaves]
-    return [tree.unflatten([jnp.squeeze(parts[layer], 0) for parts in cut]) for layer in range(number)]
-
-
 def _blocks(spec, length):
     """The class of a loop over so many layers: their parameters, and what they leave, are stacked."""
     block = Block
@@ -144,17 +138,8 @@ def _ropes(spec, positions_BT):
     def tables(positions_BT):
         return tuple(rope_table(spec, positions_BT, local=kind) for kind in kinds)
 
-    return jax.lax.platform_dependent(positions_BT, cpu=_apart(tables), default=tables)
-
-
-def _apart(make):
-    """A function whose results are made once: loops that read them would each take the sines anew, for every head."""
-
-    def call(x):
-        with set_xla_metadata(inlineable="false"):
-            return jax.jit(make)(x)
-
-    return call
+    # Loops that read them would each take the sines anew, for every head.
+    return jax.lax.platform_dependent(positions_BT, cpu=made_once(tables), default=tables)
 
 
 def init(spec: ModelSpec, key: Key) -> Params:
@@ -171,18 +156,18 @@ def hidden(
     mask: Bool[ArrayLike, "B T"] | None = None,
     *,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
-    read: slice | Int[ArrayLike, "B R"] | None = None,
+    read: Read | None = None,
 ) -> Float[Array, "B R D"]:
     """Final hidden states of whole rows; the state at t has read tokens 0 … t.
 
     `mask` is False on padding, wherever that is: positions count kept tokens only, so left padding, right padding and
     packing give the same states. `segment_ids` (0 is padding) packs several texts into a row; none sees another.
-    `read` is the positions whose states are wanted, a slice or indices of each row; R is T without. Where layers are
+    `read` is the positions whose states are wanted, a slice or indices of each row (R is T without), or `Among` all
+    rows, whose shape the states then have. Where layers are
     unrolled, and neither kernels, experts, recomputation nor a mesh that divides rows or layers stand in the way, the
     last one computes no more than these: all of it but keys and values.
     """
     inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
-    read = read if read is None or isinstance(read, slice) else jnp.asarray(read)
     if read is not None and _reads_some(spec):
         return _apply(spec, params, *inputs, None, read)[0]
     return picked(placed(_apply(spec, params, *inputs)[0], back)[:, : tokens.shape[1]], read)
@@ -195,7 +180,7 @@ def hidden_and_routing(
     mask: Bool[ArrayLike, "B T"] | None = None,
     *,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
-    read: slice | Int[ArrayLike, "B R"] | None = None,
+    read: Read | None = None,
 ) -> tuple[Float[Array, "B R D"], Routing | None]:
     """`hidden`, and what the routers did in every layer at all positions, for `experts.with_load_balance`; None without
     experts.
@@ -207,7 +192,7 @@ def hidden_and_routing(
     (routing,) = left[ROUTER]["layers"]["mlp"]["routing"]
     routing = jax.tree.map(jax.vmap(lambda x: placed(x, back)), routing)  # of each layer
     states, routing = jax.tree.map(lambda x: x[..., : tokens.shape[1], :], (placed(states, back), routing))
-    return picked(states, read if read is None or isinstance(read, slice) else jnp.asarray(read)), routing
+    return picked(states, read), routing
 
 
 def _reads_some(spec):

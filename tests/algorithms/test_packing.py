@@ -1,5 +1,8 @@
 """Completions laid end to end: every token in its place, none twice, and updates that are those of padded rows."""
 
+import dataclasses
+import sys
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -56,12 +59,14 @@ def rollout(seed=0) -> Rollout:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_every_token_has_a_place_of_its_own_and_pairs_stay_together(pairs):
-    batch, config = rollout(), Packing(rows=2)
+    batch, config = rollout(), Packing(rows=2, fewer=(1,))
     batch = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if pairs else batch
     count, part = packing.parts(config, batch, batch.completion_mask)
     size, seen, tokens = config.rows * config.length * (PROMPT + NEW), [], 0
     for i in range(int(count)):
-        one = part(jnp.int32(i))
+        which, shapes = part(jnp.int32(i))
+        one = shapes[which]
+        assert one.laid == (config.rows if i < count - 1 else one.laid)
         inside = np.asarray(one.mask)
         places = np.asarray(one.placed)[inside]
         assert len(set(places)) == len(places) and places.max() < size
@@ -87,7 +92,7 @@ def test_rows_that_fill_a_part_to_the_last_token_are_whole():
     )
     count, part = packing.parts(config, batch, batch.completion_mask)
     params = sharding.unbox(models.init(SPEC, jax.random.key(0)))
-    at = packing.read(config, SPEC, params, part(jnp.int32(0)), prompt=prompt)
+    at = packing.read(config, SPEC, params, part(jnp.int32(0))[1][0], prompt=prompt)
     assert int(count) == 1
     np.testing.assert_array_equal(at.in_rows(at.tokens, prompt=prompt), batch.tokens[:, prompt:])
 
@@ -134,7 +139,7 @@ def of_policy(method, **fields):
 @pytest.mark.parametrize("method", ["grpo", "gspo", "p3o", "dr_grpo"])
 def test_updates_are_those_of_padded_rows(method):
     plain = updated(*of_policy(method, entropy_coef=0.1))
-    same(updated(*of_policy(method, entropy_coef=0.1, packing=Packing(rows=2))), plain)
+    same(updated(*of_policy(method, entropy_coef=0.1, packing=Packing(rows=3, fewer=(1, 2)))), plain)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -165,7 +170,7 @@ def test_updates_of_policy_and_critic_are_those_of_padded_rows(shared):
         return Valued
 
     plain = of_ppo()
-    packed = of_ppo(packing=Packing(rows=2, length=1 if shared else 2, completions=0.75))
+    packed = of_ppo(packing=Packing(rows=4, fewer=(2,), length=1 if shared else 2, completions=0.5))
     expected, found = (updated(with_values(a), c, s) for a, c, s in (plain, packed))
     same(found, expected)
     if not shared:
@@ -220,7 +225,7 @@ def test_scores_are_those_of_padded_rows(case):
     mesh = sharding.make_mesh(how.pop("mesh")) if "mesh" in how else None
     arrays, metrics = scored({}, **how)
     assert all(np.abs(x).max() > 0.1 for x in arrays)
-    found, found_metrics = scored({"packing": Packing(rows=2, completions=0.75)}, **how, mesh=mesh)
+    found, found_metrics = scored({"packing": Packing(rows=4, fewer=(1, 3), completions=0.5)}, **how, mesh=mesh)
     for a, b in zip(found, arrays, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert found_metrics.keys() == metrics.keys()
@@ -232,12 +237,44 @@ def test_scores_are_those_of_padded_rows(case):
 def test_each_shard_lays_its_own_rows():
     plain = updated(*of_policy("grpo"))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    same(updated(*of_policy("grpo", packing=Packing(rows=1)), mesh=mesh), plain)
+    same(updated(*of_policy("grpo", packing=Packing(rows=2, fewer=(1,))), mesh=mesh), plain)
+
+
+def test_the_last_layer_computes_what_is_read_alone_and_gives_the_same(monkeypatch):
+    plain = updated(*of_policy("grpo"))
+    monkeypatch.setattr(sys.modules[__name__], "SPEC", dataclasses.replace(SPEC, unroll=SPEC.n_layers))
+    same(updated(*of_policy("grpo", packing=Packing(rows=4, fewer=(2,), completions=0.5))), plain)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    same(updated(*of_policy("grpo", packing=Packing(rows=2)), mesh=mesh), plain)
+
+
+def test_a_part_has_no_more_rows_and_completions_than_it_has_room_for():
+    batch, t = rollout(), PROMPT + NEW
+    roomy, tight = (
+        packing.parts(Packing(rows=4, fewer=(1, 2), completions=share), batch, batch.completion_mask)
+        for share in (1.0, 0.2)
+    )
+    assert tight.count > roomy.count
+    for config, share in ((roomy, 1.0), (tight, 0.2)):
+        for i in range(int(config.count)):
+            which, shapes = config.part(jnp.int32(i))
+            one = shapes[which]
+            fits = [
+                int(one.placed[one.mask].max()) < shape.laid * 2 * t
+                and int(one.completion_mask.sum()) <= share * shape.laid * 2 * t
+                for shape in shapes
+            ]
+            assert fits.index(True) == which  # the smallest that does
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({"length": 0}, "packing.length"), ({"rows": 0}, "packing.rows"), ({"completions": 0.0}, "packing.completions")],
+    [
+        ({"length": 0}, "packing.length"),
+        ({"rows": 0}, "packing.rows"),
+        ({"rows": 4, "fewer": (4,)}, r"packing\.fewer=\(4,\) must be numbers from 1 to below packing.rows=4"),
+        ({"completions": 0.0}, "packing.completions"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
@@ -246,9 +283,9 @@ def test_what_makes_no_sense_is_refused(fields, said):
 
 def test_a_row_must_hold_the_longest_completions_that_stay_together():
     with pytest.raises(ValueError, match="less than 1 of completion_tokens"):
-        of_policy("grpo", packing=Packing(length=1, completions=0.3))
+        of_policy("grpo", packing=Packing(rows=1, length=1, completions=0.3))
     with pytest.raises(ValueError, match="less than 2 of completion_tokens"):
-        of_policy("p3o", packing=Packing(completions=0.5))
+        of_policy("p3o", packing=Packing(rows=1, completions=0.5))
     with pytest.raises(ValueError, match=r"packing\.length=1 must be at least 2: pairs are laid together"):
         of_policy("p3o", packing=Packing(length=1))
 
