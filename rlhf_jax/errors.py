@@ -22,8 +22,11 @@ class Stopped(UserError):
     """A signal ended the run after it had saved; the same command goes on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)  # by which another process makes it anew
         self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def missing_extra(package: str, needed_by: str) -> UserError:

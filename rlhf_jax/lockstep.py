@@ -32,6 +32,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
 _CURRENT: ContextVar["Replica | None"] = ContextVar("replica", default=None)
+NAME: ContextVar["Name | None"] = ContextVar("name", default=None)
+"""Of a run that is by itself in its process, and one of several beside it."""
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -87,6 +89,21 @@ def any_replica(x: Bool[Array, "*b"]) -> Bool[Array, ""]:
 def _any_of_all(axis_size: int, in_batched: list[bool], x: Bool[Array, "r *b"]) -> tuple[Bool[Array, ""], bool]:
     del axis_size, in_batched
     return any_replica(x), False
+
+
+@dataclass
+class Name:
+    """A run that is one of several."""
+
+    label: str
+    speaks: bool
+    """Whether its progress is the one that is shown."""
+
+
+def name() -> Name | None:
+    """That of the run whose thread this is; None where there is one run alone."""
+    replica = _CURRENT.get()
+    return NAME.get() if replica is None else Name(replica.label, replica.speaks)
 
 
 def current() -> "Replica | None":

@@ -213,9 +213,10 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.step = stage, total, start
-        replica = lockstep.current()
-        quiet = not hosts.is_writer() if replica is None else not replica.speaks
-        self._console = Console(file=sys.stderr if stream is None else stream, quiet=quiet)
+        name = lockstep.name()
+        quiet = not hosts.is_writer() if name is None else not name.speaks
+        shared = None if lockstep.NAME.get() is None else False  # other processes write where a bar would be drawn
+        self._console = Console(file=sys.stderr if stream is None else stream, quiet=quiet, force_interactive=shared)
         self._interval, self._clock, self._began = interval, clock, clock()
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}

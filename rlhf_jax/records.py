@@ -19,9 +19,9 @@ _SESSIONS = "sessions.json"
 
 def say(text: str) -> None:
     """A line for the user, on stderr: stdout is for what was asked for."""
-    replica = lockstep.current()
-    if replica is not None:
-        text = f"[{replica.label}] {text}"
+    name = lockstep.name()
+    if name is not None:
+        text = f"[{name.label}] {text}"
     if hosts.is_writer():
         print(text, file=sys.stderr, flush=True)
 

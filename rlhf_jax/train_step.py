@@ -28,10 +28,10 @@ class Parts(NamedTuple):
 
     count: jax.Array | int
     part: Callable[[jax.Array], tuple[jax.Array | int, Sequence[Batch]]]
-    """A part by its number, in each of the shapes that it may be computed in, and which of these fits."""
+    """A part by its number, in each of the shapes that the first may be computed in, and which of these fits."""
 
     def summed(self, fn: Callable[[Batch, jax.Array], Any]) -> Any:
-        """The sum of fn(part, its number), each part computed in the shape that fits; later ones in the last shape."""
+        """The sum of fn(part, its number): the first in the shape that fits, of its own program; others in the last."""
 
         def one(index: jax.Array) -> Any:
             which, shapes = self.part(index)

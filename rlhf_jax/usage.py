@@ -41,8 +41,8 @@ After a kill the same command goes on.
   --seeds       how many, from the experiment's own seed on (1)
   --vary        a field that is a number, and its values; each further --vary multiplies the runs
   --to          the folder (runs/<name of the config>-sweep)
-  --calls       vmap: the compiled calls of all runs at once; turns: one after another, by one program for all;
-                auto (the default): turns on a CPU, where each core has its share of the runs, else vmap
+  --calls       vmap: the compiled calls of all runs at once; turns: one after another, by one program for all, and
+                on a CPU whole runs, a process a core; auto (the default): turns on a CPU, else vmap
   --mesh.replica  groups that the devices are split into, each with its share of the runs (1); it must divide the
                 devices and the number of runs
   --FIELD       any field of the experiment, for all runs; `rlhf-jax run CONFIG --help` lists them

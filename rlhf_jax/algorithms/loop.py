@@ -143,7 +143,8 @@ class Loop:
             return
         step, metrics, ((began, _), *steps) = self._pending
         self._pending = None
-        if step == self._first + 1:
+        replica = lockstep.current()
+        if step == self._first + 1 and (replica is None or replica.speaks):
             memory.give_back()  # what compiling it took
         rate = sum(int(tokens) for _, tokens in steps) / max(steps[-1][0] - began, 1e-9)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

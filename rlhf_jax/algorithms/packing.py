@@ -33,8 +33,8 @@ class Packing:
     rows: int = 4
     """Longer rows in a part, on each of the batch's shards."""
     fewer: tuple[int, ...] = ()
-    """Smaller numbers of rows, one of which a part has where its completions fill no more; each is compiled of its own:
-    about half of `rows` and three quarters save most of the padding, for two more programs."""
+    """Smaller numbers of rows, one of which the first part has where its completions fill no more, later ones have
+    `rows`; each is compiled of its own: about half of `rows` and three quarters save most of the padding."""
     length: int = 2
     """How often the longest prompt and completion fit in one."""
     completions: float = 1.0
@@ -93,7 +93,7 @@ class Reading(NamedTuple):
 
 
 def parts(packing: Packing, batch: Rollout, learnt: Bool[Array, "*b t"]) -> Parts:
-    """A minibatch in parts: of each the minibatch with its other rows masked, in all shapes that it may have.
+    """A minibatch in parts: of each the minibatch with its other rows masked, in all shapes that the first may have.
 
     `learnt` are the tokens that are learnt from: rows without any take no room. Rows of a pair, [b / 2, 2, t], stay in
     one part.

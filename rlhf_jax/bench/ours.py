@@ -40,6 +40,7 @@ def main(path: str) -> None:
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_bench_") as folder:
         context = _context(Path(folder), job)
         task = TASKS[work.kind](work, context)
+        jax.clear_caches()  # what counting its FLOPs took
         with sharding.scope(context.mesh):
             print(json.dumps(measure(task, work.turns)))
 

@@ -38,7 +38,7 @@ BATCHES = 4
 
 def short(work: Work) -> dict[str, Any]:
     """Fields of an on-policy stage whose completions end long before their limit, a quarter of it in the mean."""
-    *fewer, rows = (math.ceil(share * work.rows / work.minibatches) for share in (0.43, 0.5, 0.62, 0.75))
+    *fewer, rows = sorted({math.ceil(share * work.rows / work.minibatches) for share in (0.43, 0.5, 0.62, 0.75)})
     packing = Packing(rows=rows, fewer=tuple(fewer), length=1, completions=0.5)
     return {"turns": Turns(work.rows // 4), "packing": packing}
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.spec import ModelSpec
-from rlhf_jax.sharding import splits
+from rlhf_jax.sharding import platform, splits
 
 LAYERS = "layers"
 """Of a transformer's parameters, those of its layers."""
@@ -15,10 +15,10 @@ LAYERS = "layers"
 
 def may_lie_apart(spec: ModelSpec) -> bool:
     """Whether a model reads layers that lie apart: no loop over them, no stages, nothing recomputed, routed or added to
-    a base.
+    a base; on a CPU, since they take memory beside the stacks that they are cut out of.
     """
     plain = spec.remat == "none" and spec.experts is None and spec.lora is None
-    return plain and spec.unrolled and splits(LAYERS) == 1
+    return plain and spec.unrolled and splits(LAYERS) == 1 and platform() == "cpu"
 
 
 def apart(tree: Any) -> Any:

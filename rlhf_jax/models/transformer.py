@@ -78,7 +78,8 @@ class Transformer(nn.Module):
     def _one_by_one(self, carry, ropes, attends, start, read):
         """The layers without a loop; where each layer's lie apart, as decoding has them, none is cut out of a stack.
 
-        The last one computes what is `read` alone, but for keys and values, which are all positions'.
+        The last one computes what is `read` alone, but for keys and values, which are all positions', and of `Among`
+        queries too.
         """
         s, layers = self.spec, self.get_variable("params", LAYERS)
         block: Any = Block(s, parent=None)
@@ -163,9 +164,9 @@ def hidden(
     `mask` is False on padding, wherever that is: positions count kept tokens only, so left padding, right padding and
     packing give the same states. `segment_ids` (0 is padding) packs several texts into a row; none sees another.
     `read` is the positions whose states are wanted, a slice or indices of each row (R is T without), or `Among` all
-    rows, whose shape the states then have. Where layers are
-    unrolled, and neither kernels, experts, recomputation nor a mesh that divides rows or layers stand in the way, the
-    last one computes no more than these: all of it but keys and values.
+    rows, whose shape the states then have. Where layers are unrolled, and neither kernels, experts, recomputation nor a
+    mesh that divides rows or layers stand in the way, the last one computes no more than these: all of it but keys and
+    values, or but attention of `Among`.
     """
     inputs, back = _whole_rows(spec, tokens, mask, segment_ids)
     if read is not None and _reads_some(spec):

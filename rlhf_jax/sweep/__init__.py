@@ -1,4 +1,4 @@
-"""Many runs of one experiment, seeds and numbers varied, as one program: `rlhf-jax sweep`."""
+"""Many runs of one experiment, seeds and numbers varied: `rlhf-jax sweep`."""
 
 from rlhf_jax.sweep.running import sweep
 from rlhf_jax.sweep.summary import table

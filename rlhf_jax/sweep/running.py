@@ -1,4 +1,4 @@
-"""Running a sweep: its runs in step, each in a workdir of its own, and what they share made once.
+"""Running a sweep: its runs in step or over processes, each in a workdir of its own, and what they share made once.
 
 DIR/sweep.json                       what is swept
 DIR/seed=0,kl.coef=0.05/…            an ordinary workdir a run
@@ -6,10 +6,7 @@ DIR/summary.json, DIR/report.html    figures and curves over seeds
 """
 
 import contextlib
-import dataclasses
 import json
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -28,16 +25,16 @@ from rlhf_jax.errors import NonFiniteError, Stopped, UserError
 from rlhf_jax.files import write_whole
 from rlhf_jax.lockstep import Group, Replica, beside
 from rlhf_jax.mesh import MeshConfig, divisors, one_of
-from rlhf_jax.metrics import read_jsonl
 from rlhf_jax.records import read_json, say, write_json
 from rlhf_jax.replicas import Groups
+from rlhf_jax.sweep.crew import Crew, may_be_sent
 from rlhf_jax.sweep.grid import Setting, described, groups, settings
 from rlhf_jax.sweep.leveling import level
 from rlhf_jax.sweep.page import render
+from rlhf_jax.sweep.shared import is_made, take
 from rlhf_jax.sweep.summary import summarise
 
 SWEEP = "sweep.json"
-_LINKED = "summary.json"  # the last file of a finished stage
 
 
 def sweep(
@@ -52,8 +49,8 @@ def sweep(
     """Run all that is not finished yet; returns what DIR/summary.json holds.
 
     `vmapped`: compiled calls are made for all runs at once (`jax.vmap`), or in turns, by programs that are compiled
-    once for each group of `mesh.replica`; None: at once but on CPUs, where turns are faster. Turns on a CPU have a
-    group for each core, where the mesh does not say otherwise.
+    once for each group of `mesh.replica`; None: at once but on CPUs, where turns are faster. On a CPU that is a single
+    device, turns are those of whole runs over processes, one a core (`crew`).
 
     Raises UserError before anything is written where something cannot run; at the end, the figures of the others
     written, where a run has failed; Stopped after a signal.
@@ -62,11 +59,15 @@ def sweep(
         raise UserError("wandb: a process sends one run at a time there; leave it False, a sweep writes files alone")
     runs = settings(experiment, seeds, varied)
     split, vmapped = _split(experiment.mesh, runs, vmapped)
+    processes = 1 if vmapped else _processes(experiment.mesh, runs)
     for one in {json.dumps(one.values): one for one in runs}.values():
         _checked(one, folder, split)
     _claim(folder, described(experiment, seeds, runs))
     with single.held(folder):
-        failed = _run_groups(runs, folder, command, split, vmapped=vmapped)
+        if processes > 1:
+            failed = _run_over_cores(runs, folder, command, processes)
+        else:
+            failed = _run_groups(runs, folder, command, split, vmapped=vmapped)
         summary = summarise(runs, folder)
         write_json(folder / "summary.json", summary)
         write_whole(folder / "report.html", render(folder, runs))
@@ -75,15 +76,37 @@ def sweep(
     return summary
 
 
-def _run_groups(
-    runs: Sequence[Setting], folder: Path, command: list[str], split: Groups | None, *, vmapped: bool
-) -> dict[str, BaseException]:
-    """Run all, a group after another; what has ended those that did not finish, by their labels."""
+def _processes(mesh: MeshConfig, runs: Sequence[Setting]) -> int:
+    """How many make the runs: one a core where all have the CPU to themselves, as one device, and can be sent."""
+    whole = jax.default_backend() == "cpu" and jax.device_count() == mesh.fixed_devices == hosts.count() == 1
+    return min(hosts.cores(), len(runs)) if whole and may_be_sent(runs) else 1
+
+
+def _owners(runs: Sequence[Setting]) -> dict[str, Setting]:
+    """Who makes the stages that runs share: the first of them."""
     owners: dict[str, Setting] = {}
     for one in runs:
         for stage in one.experiment.stages:
             owners.setdefault(one.share(stage), one)
-    failed: dict[str, BaseException] = {}
+    return owners
+
+
+def _run_over_cores(
+    runs: Sequence[Setting], folder: Path, command: list[str], processes: int
+) -> dict[str, BaseException]:
+    """Run all, each in one of some processes; what has ended those that did not finish, by their labels."""
+    say(f"{folder}: {len(runs)} runs, {processes} at a time, each with its share of the cores")
+    crew = Crew(runs, _owners(runs), folder, command, number=processes)
+    with _signals([crew]):
+        failed = crew.work()
+    return _mendable(failed, crew.signal, folder)
+
+
+def _run_groups(
+    runs: Sequence[Setting], folder: Path, command: list[str], split: Groups | None, *, vmapped: bool
+) -> dict[str, BaseException]:
+    """Run all, a group after another; what has ended those that did not finish, by their labels."""
+    owners, failed = _owners(runs), dict[str, BaseException]()
     for number, some in enumerate(groups(runs), start=1):
         said = f"runs {len(some)} of {len(runs)}" if len(some) < len(runs) else f"{len(runs)} runs"
         say(f"{folder}: group {number}: {said}, {'at once' if vmapped else 'in turns'}")
@@ -98,13 +121,8 @@ def _split(mesh: MeshConfig, runs: Sequence[Setting], vmapped: bool | None) -> t
 
     UserError where runs or devices do not divide so.
     """
-    cores = min(hosts.cores(), max(map(len, groups(runs))))
-    spread = dataclasses.replace(mesh, replica=cores)
-    may_spread = mesh.fixed_devices == 1 and not vmapped
-    devices = single.start_backend(spread if may_spread else mesh, in_threads=True)
+    devices = single.start_backend(mesh, in_threads=True)
     vmapped = jax.default_backend() != "cpu" if vmapped is None else vmapped
-    if may_spread and not vmapped and jax.default_backend() == "cpu" and devices == cores:
-        return Groups(spread, jax.devices()), vmapped
     if mesh.replica == 1:
         return None, vmapped
     for some in groups(runs):
@@ -190,10 +208,14 @@ def _run_group(
         (group,) = crews
         say(f"{folder}: of {group.counts.total()} compiled calls {group.counts['mapped']} were made at once")
     failed = {replica.label: error for replica, error in outcomes.items() if error is not None}
+    return _mendable(failed, crews[0].signal, folder)
+
+
+def _mendable(failed: dict[str, BaseException], signaled: int | None, folder: Path) -> dict[str, BaseException]:
+    """What has ended runs, where a user can mend it; raises what is else, and Stopped after a signal."""
     for error in failed.values():
         if not isinstance(error, UserError | KeyboardInterrupt):
             raise error
-    signaled = crews[0].signal
     if signaled is not None:
         raise Stopped(f"{folder}: stopped; the same command goes on from what is saved", signaled)
     return failed
@@ -201,43 +223,17 @@ def _run_group(
 
 def _share(replica: Replica, owner: Replica | None, source: Path, workdir: Path, stage: str) -> None:
     """Wait for a stage of another run that is the same in this one, and take what it has written."""
-    if (workdir / stage / _LINKED).exists():
+    if is_made(workdir, stage):
         return
     if owner is not None:
-        done = source / stage / _LINKED
-        replica.group.wait_until(replica, lambda: done.exists() or owner not in owner.group.running)
-    if not (source / stage / _LINKED).exists():
-        if replica.group.signal is not None:
-            raise Stopped(f"{stage}: stopped before it", replica.group.signal)
-        raise UserError(f"{stage}: it is that of {source.name}, which did not finish it")
-    rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
-    rows = [row for row in rows if row["stage"] != stage]
-    rows += [row for row in read_jsonl(source / "metrics.jsonl") if row["stage"] == stage]
-    write_whole(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    for inside in (Path("tensorboard", stage), Path(stage)):
-        if (source / inside).is_dir():
-            _linked(source / inside, workdir / inside)
-    say(f"{stage}: that of {source.name}")
-
-
-def _linked(source: Path, target: Path) -> None:
-    """A folder of links to another's files, there whole or not at all."""
-    hidden = target.with_name(f".{target.name}.part")
-    for old in (hidden, target):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(source, hidden, copy_function=_link)
-    os.rename(hidden, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)
+        replica.group.wait_until(replica, lambda: is_made(source, stage) or owner not in owner.group.running)
+    if replica.group.signal is not None and not is_made(source, stage):
+        raise Stopped(f"{stage}: stopped before it", replica.group.signal)
+    take(source, workdir, stage)
 
 
 @contextlib.contextmanager
-def _signals(groups: Sequence[Group]) -> Iterator[None]:
+def _signals(groups: Sequence[Group | Crew]) -> Iterator[None]:
     """Let SIGINT and SIGTERM stop all after the step that they are in; a second one at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -98,11 +98,15 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("made", [grpo, with_critic])
-def test_updates_are_those_of_stacked_layers(made):
+def test_updates_are_those_of_stacked_layers(made, monkeypatch):
+    parted, apart = [], stacking.apart
+    monkeypatch.setattr(stacking, "apart", lambda state: parted.append(1) or apart(state))
     assert policy_state.may_lie_apart(made(UNROLLED)[0], ADAM)
     assert not policy_state.may_lie_apart(made(LOOPED)[0], ADAM)
     expected = improved(made, LOOPED)
+    assert not parted
     same(improved(made, UNROLLED), expected)
+    assert parted
     same(improved(made, UNROLLED, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))), expected)
 
 
@@ -115,9 +119,12 @@ def test_what_is_apart_is_put_together_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, held(stacking.together(there)), held(state))
 
 
-def test_what_reads_stacks_keeps_them():
+def test_what_reads_stacks_keeps_them(monkeypatch):
+    assert stacking.may_lie_apart(UNROLLED)
     fields = ({"remat": "full"}, {"experts": Experts(number=2, per_token=1)}, {"lora": Lora()}, {"unroll": 1})
     assert not any(stacking.may_lie_apart(dataclasses.replace(UNROLLED, **changed)) for changed in fields)
     learner = grpo(UNROLLED)[0]
     assert not policy_state.may_lie_apart(learner, ADAM, Optimizer(kind="muon"))
     assert not policy_state.may_lie_apart(learner, Optimizer(master="bfloat16"))
+    monkeypatch.setattr(stacking, "platform", lambda: "gpu")  # whose memory they would take
+    assert not stacking.may_lie_apart(UNROLLED)

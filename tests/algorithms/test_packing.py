@@ -66,11 +66,12 @@ def test_every_token_has_a_place_of_its_own_and_pairs_stay_together(pairs):
     for i in range(int(count)):
         which, shapes = part(jnp.int32(i))
         one = shapes[which]
-        assert one.laid == (config.rows if i < count - 1 else one.laid)
         inside = np.asarray(one.mask)
         places = np.asarray(one.placed)[inside]
         assert len(set(places)) == len(places) and places.max() < size
         assert (np.asarray(one.placed)[~inside] == size).all()
+        assert places.max() < one.laid * config.length * (PROMPT + NEW)
+        assert i == count - 1 or one.laid == config.rows
         assert (inside.any(-1) == (inside == np.asarray(batch.mask)).all(-1)).all()  # rows are whole
         if pairs:
             assert (inside.any(-1).all(-1) == inside.any(-1).any(-1)).all()

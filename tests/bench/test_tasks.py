@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms.context import Context
 from rlhf_jax.bench import ours, processes, tasks
-from rlhf_jax.bench.work import Work
+from rlhf_jax.bench.work import SIZES, Work
 from rlhf_jax.data.reviews import MovieReviews
 from rlhf_jax.interop import Pretrained
 from tests.toys import SPEC
@@ -66,6 +66,14 @@ def test_an_iteration_samples_scores_and_updates(context):
     assert found["update_seconds"] > 0
     assert found["matmul_rate"] > 1e8
     assert found["peak_bytes"] > 1e7
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_short_completions_of_every_size_are_packed(size):
+    rows, prompt, completion, turns = SIZES[size].rows["ppo"]
+    packing = tasks.short(Work(size, "ppo/natural", rows, prompt, completion, turns, minibatches=4))["packing"]
+    packing.check(prompt, completion)
+    assert packing.rows < rows / 4 and packing.fewer
 
 
 def test_decoding_reads_weights_and_cache(context):

@@ -123,7 +123,10 @@ def test_packed_texts_do_not_see_each_other(variant):
         np.testing.assert_allclose(out[segments == i], text, atol=1e-5)
 
 
-@pytest.mark.parametrize("read", [slice(2, -1), np.array([[7, 1, 1], [3, 8, 0], [2, 2, 2]])])
+AMONG = models.Among(np.array([[7, 9, 2, 20, 1]]))  # of all rows together
+
+
+@pytest.mark.parametrize("read", [slice(2, -1), np.array([[7, 1, 1], [3, 8, 0], [2, 2, 2]]), AMONG])
 def test_states_that_are_wanted_alone_are_those_of_whole_rows_and_so_are_gradients(variant, read):
     spec, params, _ = variant
     tokens, mask = left()
@@ -134,6 +137,8 @@ def test_states_that_are_wanted_alone_are_those_of_whole_rows_and_so_are_gradien
 
     def whole(params):
         found = states(spec, params)
+        if isinstance(read, models.Among):
+            return found.reshape(-1, spec.d_model)[read.index]
         return found[:, read] if isinstance(read, slice) else jnp.take_along_axis(found, read[..., None], axis=1)
 
     def some(params):
@@ -151,13 +156,15 @@ def test_states_that_are_wanted_alone_are_those_of_whole_rows_and_so_are_gradien
 def test_of_the_last_layer_what_is_not_read_is_not_computed():
     spec, params = make(unroll=2)
     tokens, mask = left()
-    work, part = (
+    work, part, among = (
         count(jax.make_jaxpr(lambda p, read=read: models.hidden(spec, p, tokens, mask, read=read))(params)).total()
-        for read in (None, np.full((3, 1), WIDTH - 1))
+        for read in (None, np.full((3, 1), WIDTH - 1), AMONG)
     )
     d, a, f = spec.d_model, spec.n_heads * spec.head_dim, spec.d_ff
     attention, products = 4 * WIDTH * a, 2 * (2 * d * a + 3 * d * f)  # of a query: scores and sums; q, out, and the MLP
     assert work - part == 3 * (WIDTH - 1) * (attention + products)
+    # Of places among all rows attention is whole, and so are its queries.
+    assert work - among == (3 * WIDTH - AMONG.index.size) * 2 * (d * a + 3 * d * f)
 
 
 def test_the_cache_gives_the_numbers_of_whole_rows(variant):
