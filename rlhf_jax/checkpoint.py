@@ -43,6 +43,8 @@ def _is_handed_on(record: logging.LogRecord) -> bool:
     with its traceback, whenever it comes to be collected.
     """
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, OSError):
+        return error.errno not in NO_ROOM
     return not isinstance(error, ValueError) or "OCDBT" not in str(error)
 
 

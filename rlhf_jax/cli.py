@@ -344,7 +344,7 @@ def _export(args: list[str]) -> None:
 def _bench(args: list[str]) -> None:
     a = _parse(BenchArgs, "bench", args)
     from rlhf_jax.bench import command
-    from rlhf_jax.run import terminable
+    from rlhf_jax.signals import terminable
 
     with contextlib.redirect_stdout(sys.stderr), terminable():
         bench = command.prepared(a)

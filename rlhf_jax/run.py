@@ -7,14 +7,12 @@ import hashlib
 import math
 import os
 import shutil
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -56,6 +54,7 @@ from rlhf_jax.provenance import provenance, versions
 from rlhf_jax.records import read_json, say, set_aside, whole_json, write_json
 from rlhf_jax.sampling import Sampling, stops
 from rlhf_jax.sharding import MeshConfig
+from rlhf_jax.signals import terminable
 from rlhf_jax.types import Params
 
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {
@@ -379,21 +378,3 @@ def _check_shared(workdir: Path) -> None:
                 return
         time.sleep(1)
     raise UserError(f"--workdir {workdir} is not the folder of process 0: all hosts must share it by a file system")
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM end what holds nothing that is not saved, as Ctrl-C does; a stage's `Loop` hears both by itself."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

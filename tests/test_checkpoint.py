@@ -242,21 +242,25 @@ def test_a_save_that_does_not_end_leaves_the_one_before(tmp_path, program):
 def test_of_many_writes_that_fail_at_once_asyncio_prints_none(caplog):
     """As its loop ends after the first, which Orbax hands on; what else nobody asked for is still told."""
 
-    async def fails(text):
-        raise ValueError(text)
+    async def fails(error):
+        raise error
 
-    def forgotten(text):
+    def forgotten(error):
         loop = asyncio.new_event_loop()
-        inner = loop.create_task(fails(text))
+        inner = loop.create_task(fails(error))
         loop.run_until_complete(asyncio.wait([inner]))
         loop.close()
 
-    forgotten('Error writing "params/0.0" in OCDBT database at local file "/x/": No space left on device')
+    text = 'Error writing "params/0.0" in OCDBT database at local file "/x/": No space left on device'
+    forgotten(ValueError(text))
+    forgotten(OSError(errno.ENOSPC, "No space left on device"))
     gc.collect()
     assert not caplog.records
-    forgotten("another's mistake")
+    forgotten(ValueError("another's mistake"))
+    forgotten(OSError(errno.EIO, "another's disk"))
     gc.collect()
-    assert [record.name for record in caplog.records] == ["asyncio"] and "another's" in caplog.text
+    assert {record.name for record in caplog.records} == {"asyncio"} and len(caplog.records) == 2
+    assert "another's mistake" in caplog.text and "another's disk" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_what_was_there_survives(small_disk):

@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = (
-    ("types", "errors", "files", "digests", "cache", "numerics", "masking", "memory", "hosts", "lockstep"),
+    ("types", "errors", "files", "digests", "cache", "numerics", "masking", "memory", "hosts", "lockstep", "signals"),
     ("vocabulary", "logprobs", "kl", "advantages", "importance", "normalizer", "losses"),
     ("mesh", "models", "interop", "sharding", "transfer", "placement", "replicas", "sampling", "rewards", "data"),
     ("guard", "optim", "train_step", "checkpoint", "metrics"),
